@@ -1,0 +1,26 @@
+"""Which examples make up which optimiser step: a pure function of (seed, epoch, step), so resuming needs no state."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, examples: int) -> NDArray[np.int64]:
+    """The order of one epoch, (examples,) a permutation. Counter-based, so that no epoch depends on another."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(examples)
+
+
+def steps_per_epoch(examples: int, global_pairs: int) -> int:
+    """Optimiser steps in one pass over the data; the last one may be smaller, no example is left out."""
+    return math.ceil(examples / global_pairs)
+
+
+def global_batch(step: int, *, seed: int, examples: int, global_pairs: int) -> NDArray[np.int64]:
+    """Indices of the examples that step `step` (counted from 0) trains on."""
+    epoch, position = divmod(step, steps_per_epoch(examples, global_pairs))
+    return epoch_order(seed, epoch, examples)[position * global_pairs : (position + 1) * global_pairs]

@@ -1,0 +1,214 @@
+"""Attention over packed rows, entered through transformers' own door (`AttentionInterface`).
+
+A response's queries see the keys of its prompt and, causally, their own. Segments of similar shape are gathered into
+one batched scaled_dot_product_attention, so cost is linear in the number of responses and small models are not drowned
+in calls. This is the plain PyTorch route: it runs on any CPU and GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from dpo_cli.batch.layout import Segment
+from dpo_cli.errors import ModelError
+
+PACKED_ATTENTION = "packed"
+# What the reference store records: log-probs of different routes differ in their last bits.
+ATTENTION_ROUTE = "packed-sdpa"
+
+# A bucket may hold this much more than its segments need before a new one is begun: a padded score costs less than a
+# further call for short segments, more than it for long ones.
+MAX_PADDING_RATIO = 1.3
+# Scores (queries x keys) in one call, per head; bounds the mask and whatever the kernel materialises.
+MAX_SCORES_PER_CALL = 2**22
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Segments attended to in one call: n of them, padded to Q queries and L keys.
+
+    queries: (n * Q,) rows of the packed row; keys: (n * L,). Padding repeats row 0 and is never looked at.
+    query_positions, key_positions: (n, Q), (n, L) positions within prompt + response; padding keys have -1.
+    causal: a single segment without prefix, which needs no mask.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
+    causal: bool
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """(n, 1, Q, L) bool, True where a query sees a key. window: keys further back than that are unseen."""
+        if window not in self._masks:
+            distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
+            seen = (distance >= 0) & (self.key_positions[:, None, :] >= 0)
+            if window is not None:
+                seen &= distance < window
+            # Padding queries see nothing, which would make their softmax NaN: let them see the first key.
+            seen[..., 0] |= ~seen.any(-1)
+            self._masks[window] = seen[:, None]
+        return self._masks[window]
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How one packed row is attended to; made once, used by every layer.
+
+    inverse: (T,) where in the concatenated bucket outputs each row of the packed row lies.
+    """
+
+    buckets: tuple[Bucket, ...]
+    inverse: Tensor
+
+
+def plan_attention(segments: Sequence[Segment], device: torch.device) -> AttentionPlan:
+    """Group segments into buckets of similar shape. Pure: depends on the segments alone."""
+    by_shape = sorted(range(len(segments)), key=lambda index: (*_shape(segments[index]), index))
+    groups: list[list[int]] = []
+    queries = keys = needed = 0
+    for index in by_shape:
+        q, k = _shape(segments[index])
+        grown_queries, grown_keys = max(queries, q), max(keys, k)
+        count = len(groups[-1]) + 1 if groups else 1
+        padded = count * grown_queries * grown_keys
+        if groups and padded <= min(MAX_PADDING_RATIO * (needed + q * k), MAX_SCORES_PER_CALL):
+            groups[-1].append(index)
+            queries, keys, needed = grown_queries, grown_keys, needed + q * k
+        else:
+            groups.append([index])
+            queries, keys, needed = q, k, q * k
+
+    buckets, rows, places, offset = [], [], [], 0
+    for group in groups:
+        bucket = _bucket([segments[index] for index in group])
+        width = bucket.query_positions.shape[1]
+        for place, index in enumerate(group):
+            segment = segments[index]
+            rows.append(torch.arange(segment.query_start, segment.query_end))
+            places.append(torch.arange(segment.query_end - segment.query_start) + offset + place * width)
+        offset += len(group) * width
+        buckets.append(bucket)
+    inverse = torch.empty(sum(map(len, rows)), dtype=torch.int64)
+    inverse[torch.cat(rows)] = torch.cat(places)
+    return AttentionPlan(buckets=tuple(_to(bucket, device) for bucket in buckets), inverse=inverse.to(device))
+
+
+def _shape(segment: Segment) -> tuple[int, int]:
+    queries = segment.query_end - segment.query_start
+    return queries, queries + segment.prefix_end - segment.prefix_start
+
+
+def _bucket(segments: Sequence[Segment]) -> Bucket:
+    n, (width, depth) = len(segments), map(max, zip(*map(_shape, segments), strict=True))
+    queries, query_positions = torch.zeros(n, width, dtype=torch.int64), torch.full((n, width), -1)
+    keys, key_positions = torch.zeros(n, depth, dtype=torch.int64), torch.full((n, depth), -1)
+    for row, segment in enumerate(segments):
+        q, k = _shape(segment)
+        prefix = k - q
+        own = torch.arange(segment.query_start, segment.query_end)
+        queries[row, :q], query_positions[row, :q] = own, torch.arange(prefix, k)
+        keys[row, :prefix] = torch.arange(segment.prefix_start, segment.prefix_end)
+        keys[row, prefix:k], key_positions[row, :k] = own, torch.arange(k)
+    return Bucket(
+        queries=queries.flatten(),
+        keys=keys.flatten(),
+        query_positions=query_positions,
+        key_positions=key_positions,
+        causal=n == 1 and width == depth,
+    )
+
+
+def _to(bucket: Bucket, device: torch.device) -> Bucket:
+    return Bucket(
+        queries=bucket.queries.to(device),
+        keys=bucket.keys.to(device),
+        query_positions=bucket.query_positions.to(device),
+        key_positions=bucket.key_positions.to(device),
+        causal=bucket.causal,
+    )
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    segments: AttentionPlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer. query (1, heads, T, d), key and value (1, kv_heads, T, d) -> (1, T, heads, d).
+
+    Without a plan (generation, plain forwards) this is transformers' own sdpa route.
+    """
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    for unsupported in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(unsupported) is not None:
+            raise ModelError(f"{type(module).__name__} uses {unsupported}, which packed attention does not compute.")
+    if dropout:
+        raise ModelError("Attention dropout must be off: reference and policy would not be comparable.")
+
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, d)
+    outputs = [_attend(bucket, q, k, v, scaling, sliding_window) for bucket in segments.buckets]
+    return torch.cat(outputs).index_select(0, segments.inverse)[None], None
+
+
+def _attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """One bucket: (n * Q, heads, d)."""
+    n, width = bucket.query_positions.shape
+    depth = bucket.key_positions.shape[1]
+
+    def gather(states: Tensor, rows: Tensor, length: int) -> Tensor:
+        return states.index_select(0, rows).view(n, length, *states.shape[1:]).transpose(1, 2)
+
+    causal = bucket.causal and (window is None or depth <= window)
+    attended = F.scaled_dot_product_attention(
+        gather(q, bucket.queries, width),
+        gather(k, bucket.keys, depth),
+        gather(v, bucket.keys, depth),
+        attn_mask=None if causal else bucket.mask(window),
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return attended.transpose(1, 2).reshape(n * width, *attended.shape[1::2])
+
+
+_packing: ContextVar[bool] = ContextVar("packing", default=False)
+
+
+@contextmanager
+def packing() -> Iterator[None]:
+    """While open, models build no attention mask: the plan says who sees whom."""
+    token = _packing.set(True)
+    try:
+        yield
+    finally:
+        _packing.reset(token)
+
+
+def _mask_unless_packing(*args: Any, **kwargs: Any) -> Tensor | None:
+    return None if _packing.get() else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(PACKED_ATTENTION, _mask_unless_packing)

@@ -1,0 +1,43 @@
+"""The one scoring function: a packed row in, per-token log-probs out, for reference and policy alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dpo_cli.batch.layout import PackedRow
+from dpo_cli.policy.attention import packing, plan_attention
+from dpo_cli.policy.head import LogitTransform, TokenScores, install_scoring_head
+
+
+class PackedModel(nn.Module):
+    """A causal language model seen through packed rows.
+
+    model: a `...ForCausalLM` loaded with attn_implementation="packed". Its output head learns to score, and still
+        answers plain calls, so the same object generates text.
+    chunk_tokens: response tokens the head takes at a time (None: chosen by the vocabulary's size).
+    """
+
+    def __init__(self, model: nn.Module, *, chunk_tokens: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        install_scoring_head(model.get_output_embeddings(), LogitTransform.of(model.config), chunk_tokens=chunk_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def forward(self, row: PackedRow) -> TokenScores:
+        """Score every response token of the row, in the order of `row.targets`: each (R,)."""
+        row = row.to(self.device)
+        plan = plan_attention(row.segments, self.device)
+        with packing():
+            hidden: Tensor = self.model.get_decoder()(
+                input_ids=row.input_ids[None],
+                position_ids=row.position_ids[None],
+                use_cache=False,
+                segments=plan,
+            ).last_hidden_state
+        predictors = hidden[0].index_select(0, row.predictors)
+        scores: TokenScores = self.model.get_output_embeddings()(predictors, targets=row.targets)
+        return scores
