@@ -1,0 +1,291 @@
+"""Load the policy and, where it is another model, the reference: complete, comparable, and fit for packed rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dpo_cli.errors import ModelError
+from dpo_cli.policy.attention import PACKED_ATTENTION
+from dpo_cli.policy.compatibility import check_config, check_model_class, check_modules
+from dpo_cli.policy.dropout import switch_off_noise, verify_no_noise
+from dpo_cli.policy.folder import adapter_weight_files, check_safetensors_file, resolve_model_folder, weight_files
+from dpo_cli.policy.lora import LoraSettings, add_lora, merge_adapter
+from dpo_cli.policy.tokenizer import check_same_vocabulary, check_tokenizer_fits, load_tokenizer, stop_token_ids
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Leftovers of older files that no model reads: position tables and masks that are computed today.
+_HARMLESS_EXTRA_WEIGHTS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+# Fields of a config that change no log-prob.
+_NOT_NUMERIC = frozenset(
+    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id", "auto_map"}
+    | {"problem_type", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "return_dict"}
+    | {"output_hidden_states", "output_attentions", "output_router_logits", "chunk_size_feed_forward"}
+)
+
+
+class ModelSettings(Protocol):
+    """The `model` group of the config, as the schema describes it."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+    @property
+    def adapter(self) -> str | None: ...
+    @property
+    def reference(self) -> str | None: ...
+    @property
+    def lora(self) -> LoraSettings | None: ...
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to be scored, with all that must travel with it.
+
+    folder: where its weights were read from.
+    stop_token_ids: every token on which its replies end.
+    identity: JSON-able; what its STARTING log-probs depend on. "weight_files" and "adapter_files" are absolute paths
+        whose contents count, "config", "architecture" and "dtype" count as they stand. A LoRA adapter to be trained
+        starts at zero and is not part of it.
+    noise_settings: the config's dropout fields before they were set to zero, put back when the model is exported.
+    lora: peft's config of the adapters in training, or None.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    dtype: torch.dtype
+    stop_token_ids: frozenset[int]
+    identity: dict[str, Any]
+    noise_settings: dict[str, float]
+    lora: LoraConfig | None = None
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The weights' dtype: "auto" is bfloat16 on a GPU and float32 on a CPU, which has no fast bf16 to speak of."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ModelError(f"There is no dtype {name}.", where="model.dtype", hint=f"one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(
+    settings: ModelSettings, *, device: torch.device, seed: int, max_tokens: int | None = None
+) -> LoadedModel:
+    """The policy at its start: base weights, the SFT adapter merged in, new LoRA adapters injected, as asked.
+
+    seed: of LoRA's random half. max_tokens: the longest prompt + response, where it is known.
+    Raises ModelError for whatever would fail or mislead later.
+    """
+    loaded = _load(settings, settings.path, settings.revision, settings.adapter, device=device, max_tokens=max_tokens)
+    if settings.lora is not None:
+        config = add_lora(loaded.model, settings.lora, seed=seed, base_name=settings.path)
+        loaded = replace(loaded, lora=config)
+    if settings.gradient_checkpointing:
+        _enable_checkpointing(loaded.model)
+    loaded.model.train()
+    return loaded
+
+
+def load_reference(
+    settings: ModelSettings, policy: LoadedModel, *, device: torch.device, max_tokens: int | None = None
+) -> LoadedModel | None:
+    """The reference where it is another model than the policy at its start, frozen; None where it is that policy.
+
+    A folder that holds an adapter names the base with that adapter merged in. A reference without a tokenizer of its
+    own is taken to have the policy's.
+    """
+    name = settings.reference
+    if name is None and settings.adapter is not None:
+        raise ModelError(
+            "With an SFT adapter the reference must be named.",
+            where="model.reference",
+            hint="model.reference=start (base with the adapter) or model.reference=base (without it)",
+        )
+    if name in (None, "start"):
+        return None
+    path, revision, adapter = (settings.path, settings.revision, None) if name == "base" else (str(name), None, None)
+    if name != "base" and (resolve_model_folder(path) / "adapter_config.json").is_file():
+        path, revision, adapter = settings.path, settings.revision, path
+    loaded = _load(
+        settings, path, revision, adapter, device=device, max_tokens=max_tokens, fallback_tokenizer=policy.tokenizer
+    )
+    check_same_vocabulary(policy.tokenizer, loaded.tokenizer, where=str(loaded.folder))
+    loaded.model.requires_grad_(False)
+    loaded.model.eval()
+    return loaded
+
+
+def _load(
+    settings: ModelSettings,
+    path: str,
+    revision: str | None,
+    adapter: str | None,
+    *,
+    device: torch.device,
+    max_tokens: int | None,
+    fallback_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> LoadedModel:
+    trust = settings.trust_remote_code
+    folder = resolve_model_folder(path, revision, trust_remote_code=trust)
+    adapter_folder = None if adapter is None else resolve_model_folder(adapter)
+    weights = weight_files(folder)
+    adapter_weights = [] if adapter_folder is None else adapter_weight_files(adapter_folder)
+    for file in (*weights, *adapter_weights):
+        check_safetensors_file(file)
+    dtype = choose_dtype(settings.dtype, device)
+
+    config = _read_config(folder, trust_remote_code=trust)
+    check_config(config, where=str(folder), max_tokens=max_tokens)
+    noise_settings = switch_off_noise(config)
+    try:
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    except ModelError:
+        if fallback_tokenizer is None:
+            raise
+        tokenizer = fallback_tokenizer
+
+    model = _read_weights(folder, config, dtype, trust_remote_code=trust)
+    check_modules(model, where=str(folder))
+    check_tokenizer_fits(tokenizer, model, where=str(folder))
+    if adapter_folder is not None:
+        model = merge_adapter(model, adapter_folder, base_name=path)
+    verify_no_noise(model, where=str(folder))
+    model = model.to(device)  # type: ignore[arg-type]
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        folder=folder,
+        dtype=dtype,
+        stop_token_ids=stop_token_ids(tokenizer, model.generation_config),
+        identity={
+            "weight_files": [str(file) for file in weights],
+            "adapter_files": [
+                str(file) for file in adapter_weights + [parent / "adapter_config.json" for parent in _only(adapter_folder)]
+            ],
+            "architecture": type(model).__name__,
+            "config": numeric_config(config),
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+        noise_settings=noise_settings,
+    )
+
+
+def _only(value: Path | None) -> Sequence[Path]:
+    return () if value is None else (value,)
+
+
+def numeric_config(config: Any) -> dict[str, Any]:
+    """The part of a model's config that changes its numbers: sizes, RoPE, windows, caps, scales, norms."""
+    fields: dict[str, Any] = config.to_dict()
+    return {name: value for name, value in sorted(fields.items()) if name not in _NOT_NUMERIC}
+
+
+def _read_config(folder: Path, *, trust_remote_code: bool) -> Any:
+    if not (folder / "config.json").is_file():
+        raise ModelError("This model folder has no config.json.", where=str(folder))
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # damaged JSON, unknown types and failed validation come as many kinds
+        asks_for_code = "trust_remote_code" in str(error)
+        raise ModelError(
+            "This model is defined by code in its own folder, which is only run when you ask for it."
+            if asks_for_code
+            else f"The model's config cannot be read: {_first_line(error)}",
+            where=str(folder / "config.json"),
+            hint="model.trust_remote_code=true, if you trust its authors" if asks_for_code else None,
+        ) from error
+
+
+def _read_weights(folder: Path, config: Any, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
+    known = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if known is not None:
+        check_model_class(known[0] if isinstance(known, tuple) else known, where=str(folder))
+    elif not trust_remote_code:
+        raise ModelError(f"A {config.model_type} is not a causal language model.", where=str(folder / "config.json"))
+    try:
+        with _quiet_loading():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=PACKED_ATTENTION,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"The model cannot be loaded: {_first_line(error)}", where=str(folder)) from error
+    check_model_class(type(model), where=str(folder))
+    _check_complete(report, folder)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _check_complete(report: dict[str, Any], folder: Path) -> None:
+    """A layer that the files do not fill is left at random, and one they fill in vain is lost on export: both stop."""
+    missing = sorted(report["missing_keys"])
+    unexpected = sorted(key for key in report["unexpected_keys"] if not key.endswith(_HARMLESS_EXTRA_WEIGHTS))
+    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    for names, what in (
+        (missing, "are not in the weight files and would be random"),
+        (mismatched, "have another shape in the weight files than the config says"),
+        (unexpected, "are in the weight files and have no place in the model"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(
+                f"{len(names)} weights {what}: {', '.join(names[:3])}{more}.",
+                where=str(folder),
+                hint="config.json and the weight files belong to different models, or a shard is missing",
+            )
+    if report["error_msgs"]:
+        raise ModelError(f"The model cannot be loaded: {report['error_msgs'][0]}", where=str(folder))
+
+
+def _enable_checkpointing(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{type(model).__name__} has no gradient checkpointing.",
+            where="model.gradient_checkpointing",
+            hint="model.gradient_checkpointing=false",
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Progress bars and warnings about weights are dropped: whatever they would say is an error here."""
+    logger = transformers_logging.get_logger("transformers")
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

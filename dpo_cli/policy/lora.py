@@ -1,0 +1,173 @@
+"""LoRA: adapters to train, an SFT adapter merged before training, and what both become when they are saved.
+
+Adapters are injected into the model itself, which keeps its class and its scoring. At the start B is zero, so policy
+and reference are the same function, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dpo_cli.errors import ModelError
+from dpo_cli.policy.folder import adapter_weight_files, check_safetensors_file
+
+ADAPTER_NAME = "default"
+
+
+class LoraSettings(Protocol):
+    """rank: of the update; alpha: it is scaled by alpha / rank; target_modules: "all-linear" or ends of module names."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def target_modules(self) -> str | Sequence[str]: ...
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, base_name: str) -> LoraConfig:
+    """Inject trainable float32 adapters (A random by `seed`, B zero) and freeze everything else.
+
+    Returns peft's config of them, which is saved beside the adapter. base_name: the base model as the user named it.
+    Raises ModelError when no module matches, or the head or embeddings would be adapted.
+    """
+    targets = settings.target_modules
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        # A reference compared with a policy under dropout is a comparison with noise.
+        lora_dropout=0.0,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+    )
+    _refuse_head_and_embeddings(model, targets)
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
+        except ValueError as error:
+            raise ModelError(
+                f"LoRA found nothing to adapt: {str(error).splitlines()[0]}",
+                where="model.lora.target_modules",
+                hint='model.lora.target_modules="all-linear"',
+            ) from error
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Master copies by another name: updates of lr 1e-5 are lost in bf16.
+            parameter.data = parameter.data.float() if parameter.dtype != torch.float64 else parameter.data
+            if "lora_" not in name:
+                raise ModelError(f"LoRA left {name} trainable.", where="model.lora")
+    return config
+
+
+def _refuse_head_and_embeddings(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
+    if isinstance(targets, str):
+        if targets == "all-linear":
+            return  # peft leaves the output head out
+        wanted = re.compile(targets).fullmatch
+    else:
+        ends = tuple(targets)
+        wanted = re.compile("(.*\\.)?(" + "|".join(map(re.escape, ends)) + ")").fullmatch
+    untouchable = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, module in model.named_modules():
+        if any(module is part for part in untouchable) and wanted(name):
+            raise ModelError(
+                f"LoRA on {name} is not supported: embeddings and output head are scored as they stand.",
+                where="model.lora.target_modules",
+                hint=f"leave {name} out",
+            )
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Path, *, base_name: str) -> PreTrainedModel:
+    """Merge a saved peft adapter into the model's weights, in place, and return the model.
+
+    base_name: the base model as the user named it; it must be the one the adapter was trained on.
+    Raises ModelError when the adapter is damaged, belongs to another base, or does not fit.
+    """
+    (weights,) = adapter_weight_files(adapter)
+    check_safetensors_file(weights)
+    check_adapter_base(adapter, base_name)
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(adapter), adapter_name=ADAPTER_NAME)
+        expected = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(f"The adapter does not fit the model: {error}", where=str(adapter)) from error
+    with safe_open(weights, framework="pt") as opened:
+        differing = sorted(set(opened.keys()) ^ set(expected))
+    if differing:
+        raise ModelError(
+            f"The adapter does not fit the model: {len(differing)} tensors differ, first {differing[0]}.",
+            where=str(adapter),
+        )
+    merged: PreTrainedModel = wrapped.merge_and_unload(safe_merge=True)
+    # peft leaves its config on the model, and transformers would then save the model as an adapter.
+    for leftover in ("peft_config", "_hf_peft_config_loaded"):
+        merged.__dict__.pop(leftover, None)
+    return merged
+
+
+def check_adapter_base(adapter: Path, base_name: str) -> None:
+    """Raise ModelError when the adapter says it was trained on a base of another name than `base_name`."""
+    file = adapter / "adapter_config.json"
+    try:
+        trained_on = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ModelError("The adapter's config cannot be read.", where=str(file)) from error
+    if trained_on and _last_part(trained_on) != _last_part(base_name):
+        raise ModelError(
+            f"The adapter was trained on {trained_on}, and model.path is {base_name}.",
+            where=str(file),
+            hint=f"model.path={trained_on}; or, if the base was only renamed, edit base_model_name_or_path in that file",
+        )
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def has_lora(model: nn.Module) -> bool:
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict the model would have with its LoRA adapters merged in; the model itself is left alone.
+
+    The update is added in float32 and rounded once, to the dtype of the weight.
+    """
+    updates: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            updates[f"{name}.weight"] = module.get_delta_weight(ADAPTER_NAME)
+    merged: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
+        update = updates.get(name)
+        if update is None:
+            merged[name] = tensor
+        else:
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            merged[name] = (tensor.to(wide) + update.to(wide)).to(tensor.dtype)
+    return merged
+
+
+def adapter_state_dict(model: nn.Module, config: LoraConfig) -> Mapping[str, Any]:
+    """The adapter alone, under the names peft's own loader expects."""
+    state = {name: value for name, value in model.state_dict().items() if ".lora_" in name}
+    suffix = f".{ADAPTER_NAME}.weight"
+    return {"base_model.model." + name.replace(suffix, ".weight"): value for name, value in state.items()}
