@@ -158,10 +158,17 @@ def packed_attention(
     Without a plan (generation, plain forwards) this is transformers' own sdpa route.
     """
     if segments is None:
+        if _packing.get():
+            # Plain causal attention over the whole row would run without a complaint, off by several nats a token.
+            raise ModelError(
+                f"{type(module).__name__} cannot be scored in packed rows: its layers do not hand the plan of the row on."
+            )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    for unsupported in ("softcap", "s_aux", "position_bias"):
+    if attention_mask is not None:
+        raise ModelError(f"{type(module).__name__} builds an attention mask of its own, which packed rows cannot honour.")
+    for unsupported in ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices"):
         if kwargs.get(unsupported) is not None:
             raise ModelError(f"{type(module).__name__} uses {unsupported}, which packed attention does not compute.")
     if dropout:
