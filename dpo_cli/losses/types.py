@@ -6,13 +6,16 @@ number of response tokens of each (the sum of their weights), so that a loss whi
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from dpo_cli.errors import LossInputError
 
 Normaliser = Literal["pairs", "tokens"]
 # What one training example is for a loss: the data room prepares rows accordingly.
@@ -132,18 +135,76 @@ def declare(
 
 
 def declaration_of(function: Callable[..., Any]) -> Declaration:
-    """The loss's own declaration; an undeclared function counts as an ordinary loss with a reference."""
-    while hasattr(function, "func"):  # functools.partial, as Hydra's `_partial_` makes it
-        function = function.func
-    declared = getattr(function, "declaration", None)
-    return declared if declared is not None else Declaration(takes=_input_type(function))
+    """The loss's own declaration; an undeclared function counts as an ordinary loss with a reference.
+
+    function: the loss, or a functools.partial of it that holds its parameters, as Hydra's `_partial_` makes it.
+    A loss whose `reference_free` parameter is set needs no reference, whatever it declares.
+    """
+    bare = function
+    while isinstance(bare, functools.partial):
+        bare = bare.func
+    declared: Declaration | None = getattr(bare, "declaration", None)
+    declaration = declared if declared is not None else Declaration(takes=_input_type(bare))
+    # The signature of a partial shows the parameters it holds as defaults.
+    parameter = inspect.signature(function).parameters.get("reference_free")
+    if parameter is not None and parameter.default not in (inspect.Parameter.empty, False, None):
+        declaration = replace(declaration, needs_reference=False)
+    return declaration
 
 
 def _input_type(function: Callable[..., Any]) -> type:
-    first = next(iter(inspect.signature(function, eval_str=True).parameters.values()), None)
-    if first is None or first.annotation not in _KINDS:
-        return PairLogps
-    return first.annotation
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except NameError:  # an annotation whose name is imported for type checkers only
+        signature = inspect.signature(function)
+    first = next(iter(signature.parameters.values()), None)
+    annotation = None if first is None else first.annotation
+    for input_type in _KINDS:
+        # A string that could not be evaluated still says the name: "PairLogps" or "types.PairLogps".
+        if annotation is input_type or (
+            isinstance(annotation, str) and annotation.rpartition(".")[2] == input_type.__name__
+        ):
+            return input_type
+    return PairLogps
+
+
+def as_loss_values(result: object, n: int) -> LossValues:
+    """What a loss returned, checked: one value for each of the n examples, everything else detached.
+
+    result: LossValues, or the bare tensor of values (n,), which is all that a user's own loss has to return.
+    Raises LossInputError for anything else, a reduced loss above all: only the loop knows the global normaliser.
+    """
+    if isinstance(result, Tensor):
+        result = LossValues(values=result)
+    if not isinstance(result, LossValues):
+        raise LossInputError(
+            f"The loss returned {type(result).__name__}, not LossValues or a tensor.",
+            hint="return one value per example: a tensor of shape (examples,)",
+        )
+    _check_shape("values", result.values, n)
+    if not result.values.is_floating_point():
+        raise LossInputError(f"The loss returned {result.values.dtype} values, which have no gradient.")
+    rewards = result.rewards
+    if isinstance(rewards, Tensor):
+        _check_shape("rewards", rewards, n, leading_only=True)
+        rewards = rewards.detach()
+    elif rewards is not None:
+        chosen, rejected = rewards
+        _check_shape("rewards of chosen", chosen, n)
+        _check_shape("rewards of rejected", rejected, n)
+        rewards = (chosen.detach(), rejected.detach())
+    for name, part in result.parts.items():
+        _check_shape(f"part {name!r}", part, n)
+    return LossValues(result.values, rewards, {name: part.detach() for name, part in result.parts.items()})
+
+
+def _check_shape(what: str, tensor: Tensor, n: int, *, leading_only: bool = False) -> None:
+    shape = tuple(tensor.shape[:1] if leading_only else tensor.shape)
+    if shape != (n,):
+        raise LossInputError(
+            f"The loss returned {what} of shape {tuple(tensor.shape)} for {n} examples.",
+            hint=f"return one value per example, shape ({n},), not their mean or sum: the training loop divides once",
+        )
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

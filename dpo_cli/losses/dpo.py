@@ -1,0 +1,55 @@
+"""Direct preference optimisation, with the variations that keep its shape."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+from dpo_cli.losses.log_ratios import pair_log_ratios
+from dpo_cli.losses.types import LossValues, PairLogps, declare
+
+
+@declare()
+def dpo_loss(
+    pair: PairLogps,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    nll_alpha: float = 0.0,
+    average_logps: bool = False,
+    reference_free: bool = False,
+) -> LossValues:
+    """Raise the implicit reward of the chosen response above that of the rejected one.
+
+        reward(y) = beta * log(policy(y|x) / reference(y|x))
+        margin    = reward(chosen) - reward(rejected)
+        value     = -(1 - label_smoothing) * log sigmoid(margin) - label_smoothing * log sigmoid(-margin)
+                    + nll_alpha * -log policy(chosen|x) / chosen_tokens
+
+    pair: summed logps in nats, each (pairs,). beta > 0, in 1/nats.
+    label_smoothing: in [0, 0.5], the assumed share of labels that are the wrong way round (conservative DPO): the
+        margin is drawn to log((1 - e) / e) instead of infinity.
+    nll_alpha: >= 0, weight of imitating the chosen response. Each response's NLL is divided by its own length, so
+        every pair counts alike and the normaliser stays pairs.
+    average_logps: rewards are beta times the mean log-ratio per token; beta then usually wants to be 10 to 100 times
+        larger.
+    reference_free: reference terms are zero and need not be given; the pull is then towards a uniform policy.
+    Returns values (pairs,), unreduced, with detached rewards and, where nll_alpha is not 0, parts loss/dpo and
+    loss/nll (before its weight). Starts at log 2 when the policy is the reference.
+    Raises LossInputError when reference logps are absent and reference_free is not set.
+    Source: DPO eq. 7, arXiv:2305.18290; smoothing, Mitchell 2023, "A note on DPO with noisy preferences";
+        NLL term, Iterative RPO eq. 1, arXiv:2404.19733; averages, as the code of RLAIF-V offers them, arXiv:2405.17220.
+    """
+    if reference_free:
+        chosen, rejected = pair.policy_chosen, pair.policy_rejected
+        if average_logps:
+            chosen, rejected = chosen / pair.chosen_tokens, rejected / pair.rejected_tokens
+    else:
+        chosen, rejected = pair_log_ratios(pair, average_logps=average_logps)
+    margin = beta * (chosen - rejected)
+    values = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    rewards = ((beta * chosen).detach(), (beta * rejected).detach())
+    if nll_alpha == 0:
+        return LossValues(values, rewards)
+    nll = -pair.policy_chosen / pair.chosen_tokens
+    parts = {"loss/dpo": values.detach(), "loss/nll": nll.detach()}
+    return LossValues(values + nll_alpha * nll, rewards, parts)
