@@ -16,7 +16,9 @@ from torch import nn
 from dpo_cli.errors import ModelError
 
 SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-_OTHER_MODEL = "choose a decoder-only text model with plain or sliding-window attention: Qwen, Llama, Mistral, Gemma 3, ..."
+_OTHER_MODEL = (
+    "choose a decoder-only text model with plain or sliding-window attention: Qwen, Llama, Mistral, Gemma 3, ..."
+)
 
 # Config fields that switch on something the packed attention does not do. The value is what it is called.
 _REFUSED_FIELDS: Mapping[str, str] = {

@@ -38,7 +38,9 @@ def resolve_model_folder(path: str, revision: str | None = None, *, trust_remote
         raise ModelError("A model is a folder, and this is a file.", where=str(local), hint=f"name {local.parent}")
     # One slash at most, and no path prefix: anything else can only have been meant as a folder.
     if not _HUB_NAME.fullmatch(path):
-        raise ModelError(f"There is no model folder {path}.", hint="check the path, or give a hub name such as org/model")
+        raise ModelError(
+            f"There is no model folder {path}.", hint="check the path, or give a hub name such as org/model"
+        )
     return _download(path, revision, HUB_FILES + (REMOTE_CODE_FILES if trust_remote_code else ()))
 
 
@@ -54,8 +56,15 @@ def _download(name: str, revision: str | None, files: Iterable[str]) -> Path:
     )
 
     def fetch(*, cached_only: bool) -> Path:
-        patterns = {"allow_patterns": list(files), "ignore_patterns": list(HUB_LEFT_OUT)}
-        return Path(snapshot_download(name, revision=revision, local_files_only=cached_only, **patterns))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=cached_only,
+                allow_patterns=list(files),
+                ignore_patterns=list(HUB_LEFT_OUT),
+            )
+        )
 
     # Causes are dropped (`from None`) on purpose: HTTP errors of the hub carry request headers and signed addresses.
     try:

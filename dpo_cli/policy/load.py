@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.utils import logging as transformers_logging
 
 from dpo_cli.errors import ModelError
-from dpo_cli.policy.attention import PACKED_ATTENTION
+from dpo_cli.policy.attention import ATTENTION_ROUTE, PACKED_ATTENTION
 from dpo_cli.policy.compatibility import check_config, check_model_class, check_modules
 from dpo_cli.policy.dropout import switch_off_noise, verify_no_noise
 from dpo_cli.policy.folder import adapter_weight_files, check_safetensors_file, resolve_model_folder, weight_files
@@ -25,12 +25,6 @@ from dpo_cli.policy.tokenizer import check_same_vocabulary, check_tokenizer_fits
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Leftovers of older files that no model reads: position tables and masks that are computed today.
 _HARMLESS_EXTRA_WEIGHTS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
-# Fields of a config that change no log-prob.
-_NOT_NUMERIC = frozenset(
-    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id", "auto_map"}
-    | {"problem_type", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "return_dict"}
-    | {"output_hidden_states", "output_attentions", "output_router_logits", "chunk_size_feed_forward"}
-)
 
 
 class ModelSettings(Protocol):
@@ -58,23 +52,36 @@ class ModelSettings(Protocol):
 class LoadedModel:
     """A model that is ready to be scored, with all that must travel with it.
 
-    folder: where its weights were read from.
+    folder: where its weights were read from. adapter: the folder of the SFT adapter that was merged in, or None.
     stop_token_ids: every token on which its replies end.
-    identity: JSON-able; what its STARTING log-probs depend on. "weight_files" and "adapter_files" are absolute paths
-        whose contents count, "config", "architecture" and "dtype" count as they stand. A LoRA adapter to be trained
-        starts at zero and is not part of it.
     noise_settings: the config's dropout fields before they were set to zero, put back when the model is exported.
-    lora: peft's config of the adapters in training, or None.
+    lora: peft's config of the adapters in training, or None. They start at zero: the model's first log-probs, and so
+        its identity as a reference, are those without them.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     folder: Path
+    adapter: Path | None
     dtype: torch.dtype
     stop_token_ids: frozenset[int]
-    identity: dict[str, Any]
     noise_settings: dict[str, float]
     lora: LoraConfig | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the starting log-probs depend on: keyword arguments of `reference.identity.model_identity`."""
+        return {
+            "folder": self.folder,
+            "adapter": self.adapter,
+            "config": self.model.config.to_dict(),
+            "dtype": self.dtype_name,
+            "attention_route": ATTENTION_ROUTE,
+        }
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -173,29 +180,11 @@ def _load(
         model=model,
         tokenizer=tokenizer,
         folder=folder,
+        adapter=adapter_folder,
         dtype=dtype,
         stop_token_ids=stop_token_ids(tokenizer, model.generation_config),
-        identity={
-            "weight_files": [str(file) for file in weights],
-            "adapter_files": [
-                str(file) for file in adapter_weights + [parent / "adapter_config.json" for parent in _only(adapter_folder)]
-            ],
-            "architecture": type(model).__name__,
-            "config": numeric_config(config),
-            "dtype": str(dtype).removeprefix("torch."),
-        },
         noise_settings=noise_settings,
     )
-
-
-def _only(value: Path | None) -> Sequence[Path]:
-    return () if value is None else (value,)
-
-
-def numeric_config(config: Any) -> dict[str, Any]:
-    """The part of a model's config that changes its numbers: sizes, RoPE, windows, caps, scales, norms."""
-    fields: dict[str, Any] = config.to_dict()
-    return {name: value for name, value in sorted(fields.items()) if name not in _NOT_NUMERIC}
 
 
 def _read_config(folder: Path, *, trust_remote_code: bool) -> Any:
@@ -215,14 +204,14 @@ def _read_config(folder: Path, *, trust_remote_code: bool) -> Any:
 
 
 def _read_weights(folder: Path, config: Any, dtype: torch.dtype, *, trust_remote_code: bool) -> PreTrainedModel:
-    known = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    known: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if known is not None:
         check_model_class(known[0] if isinstance(known, tuple) else known, where=str(folder))
     elif not trust_remote_code:
         raise ModelError(f"A {config.model_type} is not a causal language model.", where=str(folder / "config.json"))
     try:
-        with _quiet_loading():
-            model, report = AutoModelForCausalLM.from_pretrained(
+        with quiet_loading():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -234,10 +223,10 @@ def _read_weights(folder: Path, config: Any, dtype: torch.dtype, *, trust_remote
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"The model cannot be loaded: {_first_line(error)}", where=str(folder)) from error
+    model: PreTrainedModel = loaded[0]
     check_model_class(type(model), where=str(folder))
-    _check_complete(report, folder)
-    loaded: PreTrainedModel = model
-    return loaded
+    _check_complete(loaded[1], folder)
+    return model
 
 
 def _check_complete(report: dict[str, Any], folder: Path) -> None:
@@ -272,8 +261,8 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Progress bars and warnings about weights are dropped: whatever they would say is an error here."""
+def quiet_loading() -> Iterator[None]:
+    """Progress bars and warnings of transformers are dropped: whatever they would say of weights is an error here."""
     logger = transformers_logging.get_logger("transformers")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)

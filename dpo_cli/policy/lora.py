@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
@@ -66,8 +66,8 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, base_
             ) from error
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # Master copies by another name: updates of lr 1e-5 are lost in bf16.
-            parameter.data = parameter.data.float() if parameter.dtype != torch.float64 else parameter.data
+            # Small enough to be kept in float32, where updates of lr 1e-5 are not lost as in bf16.
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             if "lora_" not in name:
                 raise ModelError(f"LoRA left {name} trainable.", where="model.lora")
     return config
@@ -151,7 +151,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     updates: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            updates[f"{name}.weight"] = module.get_delta_weight(ADAPTER_NAME)
+            updates[f"{name}.weight"] = module.get_delta_weight(ADAPTER_NAME)  # type: ignore[attr-defined]
     merged: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" in name:
@@ -166,7 +166,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return merged
 
 
-def adapter_state_dict(model: nn.Module, config: LoraConfig) -> Mapping[str, Any]:
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapter alone, under the names peft's own loader expects."""
     state = {name: value for name, value in model.state_dict().items() if ".lora_" in name}
     suffix = f".{ADAPTER_NAME}.weight"

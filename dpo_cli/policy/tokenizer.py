@@ -54,7 +54,11 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMo
     More rows than tokens are ordinary (padded for speed) and pass.
     """
     needed = highest_token_id(tokenizer) + 1
-    for part, module in (("embeddings", model.get_input_embeddings()), ("head", model.get_output_embeddings())):
+    ends: tuple[tuple[str, Any], ...] = (
+        ("embeddings", model.get_input_embeddings()),
+        ("head", model.get_output_embeddings()),
+    )
+    for part, module in ends:
         if module is None:
             raise ModelError(f"The model {type(model).__name__} has no {part}, so it cannot score tokens.", where=where)
         rows = int(module.weight.shape[0])

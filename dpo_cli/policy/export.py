@@ -1,0 +1,129 @@
+"""Write the trained policy as a Hugging Face folder, complete and checked, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dpo_cli.atomic import sync_file, sync_folder, temporary_beside
+from dpo_cli.errors import CheckpointError
+from dpo_cli.policy.folder import check_safetensors_file, weight_files
+from dpo_cli.policy.load import LoadedModel, quiet_loading
+from dpo_cli.policy.lora import adapter_state_dict, merged_state_dict
+
+ADAPTER_FOLDER = "adapter"
+
+
+def export_final(loaded: LoadedModel, folder: Path, *, card: str) -> None:
+    """Write weights, config, tokenizer, generation config and model card to `folder`, which must not exist yet.
+
+    LoRA is merged, and the adapter alone lies in `folder`/adapter. Weights keep the dtype they were trained in.
+    Everything is written under a temporary name, read back and compared, synced, and only then renamed.
+    Raises CheckpointError when the folder exists, cannot be written, or does not read back as it was.
+    """
+    if folder.exists():
+        raise CheckpointError("The folder for the final model exists already.", where=str(folder), hint="move it away")
+    temporary = temporary_beside(folder)
+    try:
+        temporary.mkdir(parents=True)
+        _write(loaded, temporary, card)
+        _verify(loaded, temporary)
+        _sync(temporary)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise CheckpointError(f"The final model cannot be written: {error}", where=str(folder)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(loaded: LoadedModel, folder: Path, card: str) -> None:
+    model = loaded.model
+    with quiet_loading():
+        # Never model.save_pretrained(folder) alone: with adapters injected it would write their module names.
+        model.save_pretrained(folder, state_dict=_final_state(model))
+        loaded.tokenizer.save_pretrained(folder)
+    _write_config(loaded, folder / "config.json")
+    if loaded.lora is not None:
+        adapter = folder / ADAPTER_FOLDER
+        adapter.mkdir()
+        loaded.lora.save_pretrained(str(adapter))
+        state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+        save_file(state, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _final_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    return merged_state_dict(model)
+
+
+def _write_config(loaded: LoadedModel, file: Path) -> None:
+    """Undo what was set for training only: dropout of zero, our attention. The dtype is that of the weights."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.update(loaded.noise_settings)
+    config["dtype"] = loaded.dtype_name
+    for ours in ("attn_implementation", "_attn_implementation"):
+        config.pop(ours, None)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _verify(loaded: LoadedModel, folder: Path) -> None:
+    """Open the folder as any user would and compare every tensor with the one in memory, bit for bit."""
+    for file in weight_files(folder):
+        check_safetensors_file(file)
+    with quiet_loading():
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=loaded.dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=type(loaded.model).is_remote_code(),
+        )
+    reopened, report = opened
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            raise CheckpointError(f"The final model reads back with {kind}: {sorted(map(str, report[kind]))[:3]}.")
+    wanted, found = digests(_final_state(loaded.model)), digests(reopened.state_dict())
+    if wanted != found:
+        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise CheckpointError(
+            f"{len(differing)} tensors of the final model read back differently, first {differing[0]}.",
+            where=str(folder),
+            hint="the disk may be full or failing",
+        )
+    if loaded.lora is not None:
+        _verify_adapter(loaded, folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+
+
+def _verify_adapter(loaded: LoadedModel, file: Path) -> None:
+    with safe_open(file, framework="pt") as opened:
+        found = digests({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    if found != digests(adapter_state_dict(loaded.model)):
+        raise CheckpointError("The adapter reads back differently.", where=str(file))
+
+
+def digests(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of dtype, shape and bytes of every tensor, by name."""
+    result = {}
+    for name, tensor in state.items():
+        raw = tensor.detach().contiguous().cpu()
+        digest = hashlib.sha256(f"{raw.dtype} {tuple(raw.shape)} ".encode())
+        digest.update(raw.reshape(-1).view(torch.uint8).numpy().data)
+        result[name] = digest.hexdigest()
+    return result
+
+
+def _sync(folder: Path) -> None:
+    for entry in (*folder.rglob("*"), folder):
+        sync_folder(entry) if entry.is_dir() else sync_file(entry)
