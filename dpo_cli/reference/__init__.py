@@ -1,0 +1,1 @@
+"""Scoring once with the reference: a content-addressed store, and proof that it is right."""
