@@ -30,8 +30,8 @@ def dpo_loss(
         margin is drawn to log((1 - e) / e) instead of infinity.
     nll_alpha: >= 0, weight of imitating the chosen response. Each response's NLL is divided by its own length, so
         every pair counts alike and the normaliser stays pairs.
-    average_logps: rewards are beta times the mean log-ratio per token; beta then usually wants to be 10 to 100 times
-        larger.
+    average_logps: rewards are beta times the mean log-ratio per token, so beta wants to be larger, by about the
+        length of a response where the same margin is meant.
     reference_free: reference terms are zero and need not be given; the pull is then towards a uniform policy.
     Returns values (pairs,), unreduced, with detached rewards and, where nll_alpha is not 0, parts loss/dpo and
     loss/nll (before its weight). Starts at log 2 when the policy is the reference.

@@ -10,7 +10,7 @@ from dpo_cli.losses.types import LossValues, PairLogps, declare
 
 
 @declare()
-def robust_dpo_loss(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> LossValues:
+def robust_dpo_loss(pair: PairLogps, *, beta: float, label_smoothing: float) -> LossValues:
     """DPO whose expectation over flipped labels is the loss on clean labels.
 
         margin = beta * (log-ratio of chosen - log-ratio of rejected)

@@ -41,59 +41,59 @@ def sigmoid(x: Array) -> Array:
     return np.exp(log_sigmoid(x))
 
 
-def dpo_oracle(w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
-    return -log_sigmoid(beta * (w - rw) - beta * (l - rl))
+def dpo_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
+    return -log_sigmoid(beta * (w - rw) - beta * (l_ - rl))
 
 
-def cdpo_oracle(w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, eps: float) -> Array:
-    right = dpo_oracle(w, l, rw, rl, nw, nl, beta=beta)
-    wrong = dpo_oracle(l, w, rl, rw, nl, nw, beta=beta)
+def cdpo_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, eps: float) -> Array:
+    right = dpo_oracle(w, l_, rw, rl, nw, nl, beta=beta)
+    wrong = dpo_oracle(l_, w, rl, rw, nl, nw, beta=beta)
     return (1 - eps) * right + eps * wrong
 
 
-def rpo_oracle(w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, alpha: float) -> Array:
-    return dpo_oracle(w, l, rw, rl, nw, nl, beta=beta) - alpha * w / nw
+def rpo_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, alpha: float) -> Array:
+    return dpo_oracle(w, l_, rw, rl, nw, nl, beta=beta) - alpha * w / nw
 
 
-def average_dpo_oracle(w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
-    return dpo_oracle(w / nw, l / nl, rw / nw, rl / nl, nw, nl, beta=beta)
+def average_dpo_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
+    return dpo_oracle(w / nw, l_ / nl, rw / nw, rl / nl, nw, nl, beta=beta)
 
 
-def reference_free_oracle(w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
-    return -log_sigmoid(beta * w - beta * l)
+def reference_free_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
+    return -log_sigmoid(beta * w - beta * l_)
 
 
-def rdpo_oracle(w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, eps: float) -> Array:
-    right = dpo_oracle(w, l, rw, rl, nw, nl, beta=beta)
-    wrong = dpo_oracle(l, w, rl, rw, nl, nw, beta=beta)
+def rdpo_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, eps: float) -> Array:
+    right = dpo_oracle(w, l_, rw, rl, nw, nl, beta=beta)
+    wrong = dpo_oracle(l_, w, rl, rw, nl, nw, beta=beta)
     return ((1 - eps) * right - eps * wrong) / (1 - 2 * eps)
 
 
-def ipo_sum_oracle(w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, tau: float) -> Array:
-    return ((w - l) - (rw - rl) - 1 / (2 * tau)) ** 2
+def ipo_sum_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, tau: float) -> Array:
+    return ((w - l_) - (rw - rl) - 1 / (2 * tau)) ** 2
 
 
-def ipo_mean_oracle(w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, tau: float) -> Array:
-    return ipo_sum_oracle(w / nw, l / nl, rw / nw, rl / nl, nw, nl, tau=tau)
+def ipo_mean_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, tau: float) -> Array:
+    return ipo_sum_oracle(w / nw, l_ / nl, rw / nw, rl / nl, nw, nl, tau=tau)
 
 
-def hinge_oracle(w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
-    return np.maximum(0.0, 1.0 - beta * ((w - rw) - (l - rl)))
+def hinge_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
+    return np.maximum(0.0, 1.0 - beta * ((w - rw) - (l_ - rl)))
 
 
-def apo_zero_oracle(w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
-    return -sigmoid(beta * (w - rw)) + sigmoid(beta * (l - rl)) + 1.0
+def apo_zero_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
+    return -sigmoid(beta * (w - rw)) + sigmoid(beta * (l_ - rl)) + 1.0
 
 
 def simpo_oracle(
-    w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, gamma: float
+    w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, gamma: float
 ) -> Array:
-    return -log_sigmoid(beta / nw * w - beta / nl * l - gamma)
+    return -log_sigmoid(beta / nw * w - beta / nl * l_ - gamma)
 
 
-def orpo_oracle(w: Array, l: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, lam: float) -> Array:
+def orpo_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, lam: float) -> Array:
     # Extended precision: odds are a quotient of numbers near one.
-    p_w, p_l = np.exp(w.astype(np.longdouble) / nw), np.exp(l.astype(np.longdouble) / nl)
+    p_w, p_l = np.exp(w.astype(np.longdouble) / nw), np.exp(l_.astype(np.longdouble) / nl)
     log_odds_ratio = np.log((p_w / (1 - p_w)) / (p_l / (1 - p_l)))
     return (-w / nw + lam * np.logaddexp(0, -log_odds_ratio)).astype(np.float64)
 
@@ -138,8 +138,8 @@ def logps(draw: st.DrawFn, shape: int | tuple[int, ...]) -> tuple[Array, Array, 
 @st.composite
 def pairs(draw: st.DrawFn) -> list[Array]:
     n = draw(st.integers(1, 4))
-    (w, rw, nw), (l, rl, nl) = draw(logps(n)), draw(logps(n))
-    return [w, l, rw, rl, nw, nl]
+    (w, rw, nw), (l_, rl, nl) = draw(logps(n)), draw(logps(n))
+    return [w, l_, rw, rl, nw, nl]
 
 
 def differentiate(oracle: Callable[[Array], Array], at: Array) -> Array:
@@ -171,11 +171,11 @@ def test_pair_losses_and_their_gradients_are_those_of_the_papers(name: str, batc
     loss, oracle = PAIR_LOSSES[name]
     if name == "hinge" and (abs(oracle(*batch)) < 1e-4).any():
         return  # no derivative at the kink
-    w, l = (torch.from_numpy(side).requires_grad_() for side in batch[:2])
-    result = loss(PairLogps(w, l, *map(torch.from_numpy, batch[2:])))
+    w, l_ = (torch.from_numpy(side).requires_grad_() for side in batch[:2])
+    result = loss(PairLogps(w, l_, *map(torch.from_numpy, batch[2:])))
     numeric = {
         w: differentiate(lambda x: oracle(x, *batch[1:]), batch[0]),
-        l: differentiate(lambda x: oracle(batch[0], x, *batch[2:]), batch[1]),
+        l_: differentiate(lambda x: oracle(batch[0], x, *batch[2:]), batch[1]),
     }
     assert_values_and_gradients(result, oracle(*batch), numeric)
 
@@ -200,9 +200,7 @@ def test_plackett_luce_and_its_gradient_ignore_what_is_absent(data: st.DataObjec
     torch_policy = torch.from_numpy(np.where(hole, np.nan, policy)).requires_grad_()
     torch_reference = torch.from_numpy(np.where(hole, np.inf, reference))
 
-    result = plackett_luce_loss(
-        RankedLogps(torch_policy, torch_reference, torch.from_numpy(tokens), present), beta=0.2
-    )
+    result = plackett_luce_loss(RankedLogps(torch_policy, torch_reference, torch.from_numpy(tokens), present), beta=0.2)
 
     numeric = differentiate(lambda x: plackett_luce_oracle(x, reference, counts, beta=0.2), policy)
     assert_values_and_gradients(
@@ -227,15 +225,11 @@ def test_kto_holds_its_reference_point_constant(data: st.DataObject) -> None:
     kl = float((kp - kr).mean())
     oracle = partial(kto_oracle, r=r, desirable=desirable, kl=kl, beta=0.1, d=1.3, u=0.8)
     policy, kl_policy = torch.from_numpy(p).requires_grad_(), torch.from_numpy(kp).requires_grad_()
-    unpaired = UnpairedLogps(
-        policy, *map(torch.from_numpy, (r, tokens, desirable)), kl_policy, torch.from_numpy(kr)
-    )
+    unpaired = UnpairedLogps(policy, *map(torch.from_numpy, (r, tokens, desirable)), kl_policy, torch.from_numpy(kr))
 
     result = kto_loss(unpaired, beta=0.1, desirable_weight=1.3, undesirable_weight=0.8)
 
-    assert_values_and_gradients(
-        result, oracle(p), {policy: differentiate(oracle, p), kl_policy: np.zeros_like(kp)}
-    )
+    assert_values_and_gradients(result, oracle(p), {policy: differentiate(oracle, p), kl_policy: np.zeros_like(kp)})
     np.testing.assert_allclose(result.parts["kl"].numpy(), np.full(n, max(0.0, kl)), atol=1e-10)
 
 

@@ -1,0 +1,371 @@
+"""Our losses and their gradients equal what TRL's own trainers compute on the same model and tokens, in float32.
+
+TRL's side is the real trainer: its data preparation, its collator, its forward over padded rows, its reference model,
+its reduction. Ours is a plain log-softmax over each unpadded sequence, our loss function, and the declared normaliser.
+Where the two reduce differently, the test says so and compares under TRL's reduction.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_cli.losses.apo_zero import apo_zero_loss
+from dpo_cli.losses.dpo import dpo_loss
+from dpo_cli.losses.hinge import hinge_loss
+from dpo_cli.losses.ipo import ipo_loss
+from dpo_cli.losses.kto import kto_loss
+from dpo_cli.losses.orpo import orpo_loss
+from dpo_cli.losses.robust_dpo import robust_dpo_loss
+from dpo_cli.losses.sft_ref import sft_ref_loss
+from dpo_cli.losses.simpo import simpo_loss
+from dpo_cli.losses.types import (
+    DemonstrationLogps,
+    LossValues,
+    PairLogps,
+    UnpairedLogps,
+    declaration_of,
+)
+
+pytest.importorskip("trl", reason="TRL is a development dependency: pip install trl")
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+
+# TRL announces on import that these trainers are experimental.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+Row = dict[str, Any]
+WORDS = 40
+ROWS: list[Row] = [
+    {"prompt": "w1 w2 w3", "chosen": " w4 w5 w6 w7", "rejected": " w8"},
+    {"prompt": "w9", "chosen": " w10", "rejected": " w11 w12 w13 w14 w15 w16"},
+    {"prompt": "w17 w18 w19 w20 w21", "chosen": " w22 w23", "rejected": " w22 w24"},
+]
+
+
+# --- a tiny model and its tokenizer ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(WORDS)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def qwen2(seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = transformers.Qwen2Config(
+        vocab_size=WORDS + 3,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        # Much above the usual 0.02, or every distribution would be uniform and every margin close to zero.
+        initializer_range=0.3,
+    )
+    return transformers.Qwen2ForCausalLM(config).float()
+
+
+@pytest.fixture
+def policy() -> Any:
+    return qwen2(seed=1)
+
+
+@pytest.fixture
+def reference() -> Any:
+    return qwen2(seed=2)
+
+
+def training_arguments(config: Any, folder: Path, **settings: Any) -> Any:
+    return config(
+        output_dir=str(folder),
+        per_device_train_batch_size=len(ROWS),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        disable_tqdm=True,
+        **settings,
+    )
+
+
+# --- our side: one sequence at a time --------------------------------------------------------------------------------
+
+
+def response_logps(model: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
+    """(n,) summed log-probs of each response after its prompt."""
+    sums = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        predicted = logits[len(prompt) - 1 : -1]
+        sums.append(predicted[torch.arange(len(response)), torch.tensor(response)].sum())
+    return torch.stack(sums)
+
+
+def lengths(responses: Sequence[list[int]]) -> Tensor:
+    return torch.tensor([float(len(response)) for response in responses])
+
+
+def pair_logps(rows: Sequence[Row], policy: Any, reference: Any | None) -> PairLogps:
+    prompts, chosen, rejected = ([row[key] for row in rows] for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    with torch.no_grad():
+        ours = None if reference is None else response_logps(reference, prompts, chosen)
+        other = None if reference is None else response_logps(reference, prompts, rejected)
+    return PairLogps(
+        policy_chosen=response_logps(policy, prompts, chosen),
+        policy_rejected=response_logps(policy, prompts, rejected),
+        reference_chosen=ours,
+        reference_rejected=other,
+        chosen_tokens=lengths(chosen),
+        rejected_tokens=lengths(rejected),
+    )
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_same_loss_and_gradients(ours: tuple[Any, Tensor], theirs: tuple[Any, Tensor]) -> None:
+    (our_model, our_loss), (their_model, their_loss) = ours, theirs
+    torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=1e-5)
+    our_gradients, their_gradients = gradients(our_model, our_loss), gradients(their_model, their_loss)
+    assert our_gradients.keys() == their_gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in their_gradients.values())
+    assert largest > 0.1, "equality of gradients that vanish would mean nothing"
+    for name, expected in their_gradients.items():
+        torch.testing.assert_close(
+            our_gradients[name], expected, rtol=0, atol=1e-5 * largest, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+# --- DPOTrainer ------------------------------------------------------------------------------------------------------
+
+
+def dpo_trainer(folder: Path, tokenizer: Any, policy: Any, reference: Any, rows: list[Row], **settings: Any) -> Any:
+    from trl import DPOConfig, DPOTrainer
+
+    return DPOTrainer(
+        model=copy.deepcopy(policy),
+        ref_model=copy.deepcopy(reference),
+        args=training_arguments(DPOConfig, folder, **settings),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+
+
+def trl_loss(trainer: Any, rows: Sequence[Row] | None = None) -> tuple[Any, Tensor]:
+    rows = list(trainer.train_dataset) if rows is None else rows
+    return trainer.model, trainer.compute_loss(trainer.model, trainer.data_collator(list(rows)))
+
+
+def reduced(result: LossValues) -> Tensor:
+    """By the normaliser of our preference losses: the mean over pairs."""
+    return result.values.mean()
+
+
+DPO_TRAINER_LOSSES: dict[str, tuple[Callable[[PairLogps], LossValues], dict[str, Any]]] = {
+    "dpo": (partial(dpo_loss, beta=0.3), {"loss_type": "sigmoid", "beta": 0.3}),
+    "dpo of averages": (
+        partial(dpo_loss, beta=2.0, average_logps=True),
+        {"loss_type": "sigmoid_norm", "beta": 2.0},
+    ),
+    "robust_dpo": (
+        partial(robust_dpo_loss, beta=0.3, label_smoothing=0.2),
+        {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2},
+    ),
+    "ipo": (partial(ipo_loss, beta=0.3), {"loss_type": "ipo", "beta": 0.3}),
+    "hinge": (partial(hinge_loss, beta=0.1), {"loss_type": "hinge", "beta": 0.1}),
+    "apo_zero": (partial(apo_zero_loss, beta=0.3), {"loss_type": "apo_zero", "beta": 0.3}),
+}
+
+
+@pytest.mark.parametrize("name", DPO_TRAINER_LOSSES)
+def test_losses_of_dpo_trainer(name: str, tmp_path: Path, tokenizer: Any, policy: Any, reference: Any) -> None:
+    loss, settings = DPO_TRAINER_LOSSES[name]
+    trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, **settings)
+    pair = pair_logps(list(trainer.train_dataset), policy, reference)
+    assert_same_loss_and_gradients((policy, reduced(loss(pair))), trl_loss(trainer))
+
+
+def test_conservative_dpo_is_trls_aot_of_one_pair_at_a_time(
+    tmp_path: Path, tokenizer: Any, policy: Any, reference: Any
+) -> None:
+    # TRL's `sigmoid` no longer smooths labels. Its `aot` does, over sorted margins; a single pair has nothing to sort.
+    trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, loss_type="aot", beta=0.3, label_smoothing=0.1)
+    rows = list(trainer.train_dataset)
+    theirs = torch.stack([trl_loss(trainer, [row])[1] for row in rows]).mean()
+    ours = reduced(dpo_loss(pair_logps(rows, policy, reference), beta=0.3, label_smoothing=0.1))
+    assert_same_loss_and_gradients((policy, ours), (trainer.model, theirs))
+
+
+def test_sft_ref_is_trls_sft_term(tmp_path: Path, tokenizer: Any, policy: Any, reference: Any) -> None:
+    # A mean over the tokens of the batch in both: here by the declared normaliser.
+    trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, loss_type="sft")
+    pair = pair_logps(list(trainer.train_dataset), policy, None)
+    assert declaration_of(sft_ref_loss).normaliser == "tokens"
+    demo = DemonstrationLogps(pair.policy_chosen, pair.chosen_tokens)
+    ours = sft_ref_loss(demo).values.sum() / demo.tokens.sum()
+    assert_same_loss_and_gradients((policy, ours), trl_loss(trainer))
+
+
+def test_nll_alpha_is_trls_mix_of_sigmoid_and_sft_where_the_two_reduce_alike(
+    tmp_path: Path, tokenizer: Any, policy: Any, reference: Any
+) -> None:
+    # TRL's sft term is a mean over the tokens of the batch, ours of each response first. One pair at a time they agree.
+    mix = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7], "beta": 0.3}
+    trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, **mix)
+    rows = list(trainer.train_dataset)
+    pair = pair_logps(rows, policy, reference)
+    ours = reduced(dpo_loss(pair, beta=0.3, nll_alpha=0.7))
+    one_by_one = torch.stack([trl_loss(trainer, [row])[1] for row in rows]).mean()
+    # In a batch of unequal lengths they do not: the documented deviation.
+    assert (ours - trl_loss(trainer)[1]).abs() > 1e-3
+    assert_same_loss_and_gradients((policy, ours), (trainer.model, one_by_one))
+
+
+# --- KTOTrainer ------------------------------------------------------------------------------------------------------
+
+
+def test_kto_is_trls_given_the_same_mismatched_completions(
+    tmp_path: Path, tokenizer: Any, policy: Any, reference: Any
+) -> None:
+    # TRL gives each row the completion of its neighbour in the batch; ours comes with the data. Same pairs here.
+    from trl import KTOConfig, KTOTrainer
+
+    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.8}
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row, side in zip(ROWS, ("chosen", "rejected", "chosen"), strict=True)
+    ]
+    trainer = KTOTrainer(
+        model=copy.deepcopy(policy),
+        ref_model=copy.deepcopy(reference),
+        args=training_arguments(KTOConfig, tmp_path, beta=0.3, **weights),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    tokenised = list(trainer.train_dataset)
+    prompts, responses, mismatched = (
+        [row[key] for row in tokenised] for key in ("prompt_ids", "completion_ids", "KL_completion_ids")
+    )
+    with torch.no_grad():
+        kl_policy = response_logps(policy, prompts, mismatched)
+        kl_reference = response_logps(reference, prompts, mismatched)
+        reference_logps = response_logps(reference, prompts, responses)
+    assert (kl_policy - kl_reference).mean() > 0.01, "the divergence must count, or this compares too little"
+    unpaired = UnpairedLogps(
+        policy=response_logps(policy, prompts, responses),
+        reference=reference_logps,
+        tokens=lengths(responses),
+        desirable=torch.tensor([row["label"] for row in tokenised]),
+        kl_policy=kl_policy,
+        kl_reference=kl_reference,
+    )
+    assert_same_loss_and_gradients((policy, reduced(kto_loss(unpaired, beta=0.3, **weights))), trl_loss(trainer))
+
+
+# --- CPOTrainer and ORPOTrainer: no reference ------------------------------------------------------------------------
+
+
+def collated(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """The batch that these trainers take, right-padded, from token ids: their own tokenisation wants a BOS token."""
+    batch = {}
+    for side in ("chosen", "rejected"):
+        sequences = [row["prompt_ids"] + row[f"{side}_ids"] for row in rows]
+        width = max(map(len, sequences))
+        padding = [width - len(ids) for ids in sequences]
+        masked = [[-100] * len(row["prompt_ids"]) + row[f"{side}_ids"] for row in rows]
+        batch[f"{side}_input_ids"] = torch.tensor([s + [0] * p for s, p in zip(sequences, padding, strict=True)])
+        batch[f"{side}_attention_mask"] = torch.tensor(
+            [[1] * len(s) + [0] * p for s, p in zip(sequences, padding, strict=True)]
+        )
+        batch[f"{side}_labels"] = torch.tensor([m + [-100] * p for m, p in zip(masked, padding, strict=True)])
+    return batch
+
+
+TOKEN_ROWS: list[Row] = [
+    {"prompt_ids": [4, 5, 6], "chosen_ids": [7, 8, 9, 1], "rejected_ids": [10, 1]},
+    {"prompt_ids": [11], "chosen_ids": [12, 1], "rejected_ids": [13, 14, 15, 16, 17, 1]},
+    {"prompt_ids": [18, 19, 20, 21], "chosen_ids": [22, 23, 1], "rejected_ids": [22, 24, 1]},
+]
+
+
+def reference_free_trainer(folder: Path, tokenizer: Any, policy: Any, kind: str, **settings: Any) -> Any:
+    if kind == "orpo":
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+    else:
+        from trl.experimental.cpo import CPOConfig as Config
+        from trl.experimental.cpo import CPOTrainer as Trainer
+    bos_tokenizer = copy.deepcopy(tokenizer)
+    bos_tokenizer.bos_token = "<eos>"
+    return Trainer(
+        model=copy.deepcopy(policy),
+        args=training_arguments(Config, folder, max_length=32, **settings),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        processing_class=bos_tokenizer,
+    )
+
+
+CPO_TRAINER_LOSSES: dict[str, tuple[Callable[[PairLogps], LossValues], dict[str, Any]]] = {
+    "simpo": (partial(simpo_loss, beta=2.0, gamma=0.8), {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.8}),
+    "dpo, reference-free": (
+        partial(dpo_loss, beta=0.2, reference_free=True),
+        {"loss_type": "sigmoid", "beta": 0.2},
+    ),
+    "dpo, reference-free and smoothed": (
+        partial(dpo_loss, beta=0.2, reference_free=True, label_smoothing=0.15),
+        {"loss_type": "sigmoid", "beta": 0.2, "label_smoothing": 0.15},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CPO_TRAINER_LOSSES)
+def test_reference_free_losses_of_cpo_trainer(name: str, tmp_path: Path, tokenizer: Any, policy: Any) -> None:
+    loss, settings = CPO_TRAINER_LOSSES[name]
+    trainer = reference_free_trainer(tmp_path, tokenizer, policy, "cpo", cpo_alpha=0.0, **settings)
+    ours = reduced(loss(pair_logps(TOKEN_ROWS, policy, None)))
+    theirs = trainer.compute_loss(trainer.model, collated(TOKEN_ROWS))
+    assert_same_loss_and_gradients((policy, ours), (trainer.model, theirs))
+
+
+def test_the_odds_term_of_orpo_is_trls(tmp_path: Path, tokenizer: Any, policy: Any) -> None:
+    # The difference of two values of beta leaves the odds term alone, which both average over pairs.
+    trainer = reference_free_trainer(tmp_path, tokenizer, policy, "orpo", beta=0.0)
+    batch = collated(TOKEN_ROWS)
+    without = trainer.compute_loss(trainer.model, batch)
+    trainer.beta = 1.5
+    theirs = trainer.compute_loss(trainer.model, batch) - without
+    pair = pair_logps(TOKEN_ROWS, policy, None)
+    ours = reduced(orpo_loss(pair, beta=1.5)) - reduced(orpo_loss(pair, beta=0.0))
+    assert_same_loss_and_gradients((policy, ours), (trainer.model, theirs))
+
+
+def test_all_of_orpo_is_trls_where_the_prompt_has_nothing_to_score(tmp_path: Path, tokenizer: Any, policy: Any) -> None:
+    # TRL's NLL covers the prompt too, as a mean over the batch's tokens; ours is each response's own mean. With
+    # prompts of one token (which nothing predicts), one pair at a time, both score the same tokens alike.
+    trainer = reference_free_trainer(tmp_path, tokenizer, policy, "orpo", beta=0.7)
+    rows = [row | {"prompt_ids": row["prompt_ids"][:1]} for row in TOKEN_ROWS]
+    theirs = torch.stack([trainer.compute_loss(trainer.model, collated([row])) for row in rows]).mean()
+    ours = reduced(orpo_loss(pair_logps(rows, policy, None), beta=0.7))
+    # With longer prompts the two differ: the documented deviation.
+    longer = trainer.compute_loss(trainer.model, collated(TOKEN_ROWS))
+    assert (longer - reduced(orpo_loss(pair_logps(TOKEN_ROWS, policy, None), beta=0.7))).abs() > 1e-2
+    assert_same_loss_and_gradients((policy, ours), (trainer.model, theirs))
