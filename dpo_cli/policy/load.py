@@ -219,6 +219,8 @@ def _read_weights(folder: Path, config: Any, dtype: torch.dtype, *, trust_remote
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
+                # Reported like the others, by name, instead of by a message that points to a log.
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -257,7 +259,7 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
             where="model.gradient_checkpointing",
             hint="model.gradient_checkpointing=false",
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 @contextmanager

@@ -124,8 +124,8 @@ def build(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Pr
 
 
 def tiny_tokenizer(*, chat: bool = False, size: int = VOCABULARY) -> PreTrainedTokenizerBase:
-    """A character-level tokenizer with `size` tokens; <|end|> ends a text and, in the chat template, <|turn|> a turn."""
-    special = ["<pad>", "<s>", "<|end|>", "<|turn|>"]
+    """A character-level tokenizer with `size` tokens; <|endoftext|> ends a text and, in the chat template, <|turn|> a turn."""
+    special = ["<pad>", "<s>", "<|endoftext|>", "<|turn|>"]
     characters = [chr(ord("0") + index) for index in range(size - len(special))]
     vocabulary = {token: index for index, token in enumerate(special + characters)}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=None))
@@ -133,7 +133,7 @@ def tiny_tokenizer(*, chat: bool = False, size: int = VOCABULARY) -> PreTrainedT
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>",
-        eos_token="<|end|>",
+        eos_token="<|endoftext|>",
         pad_token="<pad>",
         clean_up_tokenization_spaces=False,
     )
