@@ -29,7 +29,7 @@ ATTENTION_ROUTE = "packed-sdpa"
 
 # A bucket may hold this much more than its segments need before a new one is begun: a padded score costs less than a
 # further call for short segments, more than it for long ones.
-MAX_PADDING_RATIO = 1.3
+MAX_PADDING_RATIO = 1.15
 # Scores (queries x keys) in one call, per head; bounds the mask and whatever the kernel materialises.
 MAX_SCORES_PER_CALL = 2**22
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpo_cli.batch.layout import PackedRow
+from dpo_cli.batch.layout import PackedRow, PromptWithResponses, pack
 from dpo_cli.policy.attention import packing, plan_attention
 from dpo_cli.policy.head import LogitTransform, TokenScores, install_scoring_head
 
@@ -41,3 +45,13 @@ class PackedModel(nn.Module):
         predictors = hidden[0].index_select(0, row.predictors)
         scores: TokenScores = self.model.get_output_embeddings()(predictors, targets=row.targets)
         return scores
+
+
+@torch.no_grad()
+def score_examples(packed: PackedModel, examples: Sequence[PromptWithResponses]) -> list[list[NDArray[np.float32]]]:
+    """Per example and response, the log-prob of each of its tokens: (tokens,) in nats, from one forward pass."""
+    row = pack(examples)
+    logps = packed(row).logps.cpu().numpy()
+    lengths = [len(response) for example in examples for response in example.responses]
+    parts = iter(np.split(logps, np.cumsum(lengths)[:-1]))
+    return [[next(parts) for _ in example.responses] for example in examples]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cli.errors import ModelError
 
@@ -100,6 +100,16 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any = 
             hint="set eos_token in tokenizer_config.json",
         )
     return frozenset(found)
+
+
+def read_stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """`stop_token_ids` from a model's folder, before its weights are loaded."""
+    file = folder / "generation_config.json"
+    try:
+        generation_config = GenerationConfig.from_pretrained(folder) if file.is_file() else None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The generation config cannot be read: {_first_line(error)}", where=str(file)) from error
+    return stop_token_ids(tokenizer, generation_config)
 
 
 def _as_ids(value: int | Iterable[int] | None) -> set[int]:

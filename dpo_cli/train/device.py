@@ -1,0 +1,52 @@
+"""The device a run computes on, and how repeatable its kernels are."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from dpo_cli.errors import ConfigError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes the GPU where there is one. Raises ConfigError for a GPU that was asked for and is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "No GPU can be used here.",
+            where="hardware.device=cuda",
+            hint="hardware.device=auto takes the CPU then; nvidia-smi tells whether the driver sees the GPU",
+        )
+    return torch.device(name)
+
+
+def describe(device: torch.device) -> str:
+    """One line for the screen: what it runs on, and why, where that may surprise."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads (no GPU is used)"
+
+
+def make_repeatable(*, seed: int, deterministic: bool) -> None:
+    """Seed torch; with `deterministic`, only kernels that give the same bits every time."""
+    torch.manual_seed(seed)
+    if deterministic:
+        # cuBLAS reads this when its first handle is made; without it deterministic mode refuses matrix products.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the bits of a run depend on beside its config; a resumed run compares it with what it began with."""
+    from importlib.metadata import version
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "dpo-cli")},
+    }

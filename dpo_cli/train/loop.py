@@ -1,0 +1,217 @@
+"""The training loop: order, gradient, guard, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dpo_cli.batch.order import global_batch, steps_per_epoch
+from dpo_cli.engine.single_device import SingleDeviceEngine
+from dpo_cli.policy.packed_model import PackedModel
+from dpo_cli.train.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+from dpo_cli.train.console import RunConsole
+from dpo_cli.train.metric_sums import MetricSums
+from dpo_cli.train.metrics_log import MetricsLog
+from dpo_cli.train.objective import Objective
+from dpo_cli.train.step import PreferenceData, accumulate_gradient, blame_non_finite, evaluate
+from dpo_cli.train.stop import StopRequest
+from dpo_cli.train.trackers import Trackers
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop itself decides by; see conf/config.yaml for the meaning of each.
+
+    A cadence of 0 means only at the end (and, for evaluation, at the start).
+    """
+
+    seed: int
+    total_steps: int
+    global_pairs: int
+    tokens_per_microbatch: int
+    log_every: int
+    eval_every: int
+    save_every: int
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint keeps beside weights, optimiser and random state."""
+
+    step: int = 0
+    tokens: int = 0
+    window: MetricSums = field(default_factory=MetricSums)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything the loop works with, assembled by `run_training`."""
+
+    settings: LoopSettings
+    score: PackedModel
+    engine: SingleDeviceEngine
+    objective: Objective
+    train: PreferenceData
+    held_out: PreferenceData | None
+    schedule: Callable[[int], float]
+    checkpoints: CheckpointStore
+    metrics: MetricsLog
+    trackers: Trackers
+    console: RunConsole
+    stop: StopRequest
+    device: torch.device
+
+    def run(self, progress: Progress) -> None:
+        """Train from `progress` to the last step. Raises Interrupted after saving when a stop was requested."""
+        settings = self.settings
+        if progress.step == 0:
+            self._evaluate(progress)
+        clock = _Clock()
+        with self.stop.deferred(), self.console.progress("training", settings.total_steps, progress.step):
+            while progress.step < settings.total_steps:
+                micros = self.train.microbatches(
+                    global_batch(
+                        progress.step,
+                        seed=settings.seed,
+                        examples=len(self.train.examples),
+                        global_pairs=settings.global_pairs,
+                    ),
+                    tokens_per_microbatch=settings.tokens_per_microbatch,
+                )
+                clock.data_ready()
+                outcome = accumulate_gradient(micros, self.score, self.objective, self.engine, self.device)
+                # The one host-device synchronisation of a step.
+                loss, norm = torch.stack((outcome.loss, outcome.gradient_norm.double())).tolist()
+                if not (abs(loss) < float("inf") and norm < float("inf")):
+                    raise blame_non_finite(micros, self.score, self.objective, self.engine, self.device)
+                learning_rate = self.schedule(progress.step)
+                self.engine.step(learning_rate, outcome.gradient_norm)
+
+                progress.step += 1
+                progress.tokens += outcome.tokens
+                progress.window.merge(outcome.metrics)
+                clock.step_done(outcome.tokens)
+                last = progress.step == settings.total_steps
+                if last or _due(progress.step, settings.log_every):
+                    self._log(progress, {"grad_norm": norm, "learning_rate": learning_rate, **clock.read()})
+                self.console.advance(progress.step)
+                if last or _due(progress.step, settings.eval_every):
+                    self._evaluate(progress)
+                    clock = _Clock()
+                if last or _due(progress.step, settings.save_every) or self.stop.requested:
+                    self._save(progress)
+                    clock = _Clock()
+                if not last:
+                    self.stop.check(f"Step {progress.step} of {settings.total_steps} is saved.")
+
+    def restore(self, checkpoint: Checkpoint) -> Progress:
+        """Put weights, optimiser and random state back; the position comes back as Progress."""
+        tensors, state = load_checkpoint(checkpoint)
+        self.engine.load(tensors["policy"], tensors.get("optimizer", {}))
+        restore_random_state(tensors["rng"])
+        return Progress(
+            step=state["step"], tokens=state["tokens"], window=MetricSums.from_state(state["window"], self.device)
+        )
+
+    def forget_after(self, step: int, *, began: bool) -> None:
+        """Take back what was recorded after the checkpoint being resumed; a run without one begins its record anew."""
+        self.metrics.truncate_after(step if began else -1)
+        self.trackers.begin(step)
+
+    def _save(self, progress: Progress) -> None:
+        self.metrics.sync()
+        self.trackers.flush()
+        self.checkpoints.save(
+            progress.step,
+            {
+                "policy": self.engine.weights(),
+                "optimizer": self.engine.optimizer_tensors(),
+                "rng": random_state(),
+            },
+            {"step": progress.step, "tokens": progress.tokens, "window": progress.window.state()},
+        )
+
+    def _log(self, progress: Progress, extra: dict[str, float]) -> None:
+        metrics = self._with_derived(progress.window.means())
+        metrics.update(extra, epoch=self._epoch(progress.step), num_tokens=progress.tokens)
+        progress.window = MetricSums()
+        self._record(progress.step, "train", metrics)
+        self.console.advance(progress.step, metrics)
+
+    def _evaluate(self, progress: Progress) -> None:
+        if self.held_out is None:
+            return
+        metrics = evaluate(
+            self.held_out,
+            self.score,
+            self.objective,
+            global_pairs=self.settings.global_pairs,
+            tokens_per_microbatch=self.settings.tokens_per_microbatch,
+            device=self.device,
+        )
+        metrics = self._with_derived(metrics) | {"epoch": self._epoch(progress.step)}
+        self._record(progress.step, "eval", metrics)
+
+    def _record(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        self.metrics.append(step=step, split=split, values=metrics)
+        self.trackers.log(step, split, metrics)
+        self.console.metrics(step, self.settings.total_steps, split, metrics)
+
+    def _with_derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Unpaired examples have no margin each; that of their means is what can be said."""
+        if "rewards/margins" not in metrics and {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
+            return metrics | {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
+        return metrics
+
+    def _epoch(self, step: int) -> float:
+        return step / steps_per_epoch(len(self.train.examples), self.settings.global_pairs)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The state of every generator a step may draw from."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+class _Clock:
+    """Throughput since it was made or last read; evaluation and saving are not counted."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._started = self._mark = time.perf_counter()
+        self._tokens, self._waiting = 0, 0.0
+
+    def data_ready(self) -> None:
+        self._waiting += time.perf_counter() - self._mark
+
+    def step_done(self, tokens: int) -> None:
+        self._mark = time.perf_counter()
+        self._tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        """Throughput since the last reading."""
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
+        metrics = {
+            "perf/tokens_per_second": self._tokens / elapsed,
+            "perf/data_loading_pct": 100 * self._waiting / elapsed,
+        }
+        self._begin()
+        return metrics

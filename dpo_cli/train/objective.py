@@ -1,0 +1,141 @@
+"""From per-response log-probs to a loss and its metrics: the only place that knows every kind of example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpo_cli.data.example import Example
+from dpo_cli.losses.types import (
+    Declaration,
+    DemonstrationLogps,
+    LossInput,
+    LossValues,
+    PairLogps,
+    RankedLogps,
+    UnpairedLogps,
+    as_loss_values,
+    declaration_of,
+)
+from dpo_cli.train.metric_sums import MetricSums
+
+
+@dataclass(frozen=True)
+class ResponseLogps:
+    """Log-probs of the N responses of some examples, each (N,) float64, example after example.
+
+    policy, reference: weighted sums over tokens in nats; reference is None where the loss needs none.
+    tokens: the tokens of each, or the sums of their weights.
+    per_example: N split by example.
+    """
+
+    policy: Tensor
+    reference: Tensor | None
+    tokens: Tensor
+    per_example: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss with its parameters bound, and what it declares about itself."""
+
+    loss: Callable[[LossInput], LossValues]
+    declaration: Declaration
+
+    @classmethod
+    def of(cls, loss: Callable[[LossInput], LossValues]) -> Objective:
+        return cls(loss=loss, declaration=declaration_of(loss))
+
+    @property
+    def trained_responses(self) -> int | None:
+        """How many responses of an example carry gradient (None: all of them)."""
+        return 1 if self.declaration.kind in ("demonstration", "unpaired") else None
+
+    def normaliser(self, examples: Sequence[Example]) -> float:
+        """What the summed loss values of a global batch are divided by."""
+        if self.declaration.normaliser == "pairs":
+            return float(len(examples))
+        return sum(_trained_tokens(example, self.trained_responses) for example in examples)
+
+    def __call__(self, logps: ResponseLogps, examples: Sequence[Example]) -> LossValues:
+        """Unreduced values, (examples,)."""
+        return as_loss_values(self.loss(self._loss_input(logps, examples)), len(examples))
+
+    def _loss_input(self, logps: ResponseLogps, examples: Sequence[Example]) -> LossInput:
+        policy, reference, tokens = logps.policy, logps.reference, logps.tokens
+        kind = self.declaration.kind
+        if kind == "ranked":
+            return _ranked(logps)
+        if kind == "demonstration":
+            # Examples may bring worse responses along for evaluation; the first is the one to imitate.
+            starts = _starts(logps.per_example, policy.device)
+            return DemonstrationLogps(policy=policy[starts], tokens=tokens[starts])
+        if kind == "unpaired":
+            return UnpairedLogps(
+                policy=policy[0::2],
+                reference=None if reference is None else reference[0::2],
+                tokens=tokens[0::2],
+                desirable=torch.tensor([bool(example.desirable) for example in examples], device=policy.device),
+                kl_policy=policy[1::2],
+                kl_reference=None if reference is None else reference[1::2],
+            )
+        return PairLogps(
+            policy_chosen=policy[0::2],
+            policy_rejected=policy[1::2],
+            reference_chosen=None if reference is None else reference[0::2],
+            reference_rejected=None if reference is None else reference[1::2],
+            chosen_tokens=tokens[0::2],
+            rejected_tokens=tokens[1::2],
+        )
+
+    def record(self, sums: MetricSums, values: LossValues, logps: ResponseLogps, examples: Sequence[Example]) -> None:
+        """Add the metrics of these examples under TRL's names."""
+        for name, part in values.parts.items():
+            sums.add(name, part)
+        kind, policy, rewards = self.declaration.kind, logps.policy, values.rewards
+        if kind == "unpaired":
+            desirable = torch.tensor([bool(example.desirable) for example in examples], device=policy.device)
+            for side, where in (("chosen", desirable), ("rejected", ~desirable)):
+                if isinstance(rewards, Tensor):
+                    sums.add(f"rewards/{side}", rewards, where)
+                sums.add(f"logps/{side}", policy[0::2], where)
+            return
+        starts = _starts(logps.per_example, policy.device)
+        lasts = starts + torch.tensor(logps.per_example, device=policy.device) - 1
+        if isinstance(rewards, Tensor) and rewards.ndim == 2:
+            rewards = (rewards[:, 0], rewards.gather(1, (lasts - starts)[:, None])[:, 0])
+        if isinstance(rewards, tuple):
+            chosen, rejected = rewards
+            sums.add("rewards/chosen", chosen)
+            sums.add("rewards/rejected", rejected)
+            sums.add("rewards/accuracies", chosen > rejected)
+            sums.add("rewards/margins", chosen - rejected)
+        sums.add("logps/chosen", policy[starts])
+        sums.add("logps/rejected", policy[lasts], where=lasts > starts)
+
+
+def _starts(per_example: Sequence[int], device: torch.device) -> Tensor:
+    counts = torch.tensor(per_example, device=device)
+    return counts.cumsum(0) - counts
+
+
+def _ranked(logps: ResponseLogps) -> RankedLogps:
+    counts = torch.tensor(logps.per_example, device=logps.policy.device)
+    places = torch.arange(int(counts.max()), device=counts.device)
+    present = places < counts[:, None]
+    flat = (_starts(logps.per_example, counts.device)[:, None] + places).clamp(max=len(logps.policy) - 1)
+    return RankedLogps(
+        policy=logps.policy[flat],
+        reference=None if logps.reference is None else logps.reference[flat],
+        tokens=logps.tokens[flat],
+        present=present,
+    )
+
+
+def _trained_tokens(example: Example, trained_responses: int | None) -> float:
+    if example.weights is None:
+        return float(sum(map(len, example.responses[:trained_responses])))
+    return float(sum(weights.sum() for weights in example.weights[:trained_responses]))

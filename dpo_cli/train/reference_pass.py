@@ -1,0 +1,106 @@
+"""The reference log-probs a run trains against: read, scored or resumed, and proved before the first step."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpo_cli.data.example import Example, Examples
+from dpo_cli.errors import CheckpointError
+from dpo_cli.policy.load import LoadedModel
+from dpo_cli.policy.packed_model import PackedModel, score_examples
+from dpo_cli.reference.identity import model_identity
+from dpo_cli.reference.score import reference_sums
+from dpo_cli.reference.spot_check import spot_check, tolerance_per_token
+from dpo_cli.reference.store import ReferenceStore, open_store
+from dpo_cli.reference.sums import ReferenceSums, data_digest
+from dpo_cli.train.console import RunConsole
+from dpo_cli.train.stop import StopRequest
+
+SPOT_CHECKED_EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class ReferencePass:
+    """How references are had: `reference` scores (it is `policy` itself where that is the reference)."""
+
+    reference: LoadedModel
+    packed: PackedModel
+    store_dir: Path
+    run_dir: Path
+    tokens_per_batch: int
+    seed: int
+    console: RunConsole
+    stop: StopRequest
+
+    def sums(self, examples: Examples, split: str) -> ReferenceSums:
+        """Reference sums of one split, kept in the run folder so that a resumed run uses the same bits.
+
+        Raises StoreError when rows scored again disagree, CheckpointError when the data changed since the run began,
+        Interrupted when asked to stop while scoring.
+        """
+        kept = self.run_dir / f"reference_{split}.safetensors"
+        identity = model_identity(**self.reference.identity, cache_dir=self.store_dir / "hashes")
+        store = open_store(self.store_dir, identity)
+        if kept.exists():
+            sums = ReferenceSums.load(kept)
+            if sums.data != data_digest(examples, np.arange(len(examples))):
+                raise CheckpointError(
+                    f"The {split} data are not those this run began with.",
+                    where=str(kept),
+                    hint="put the data back as they were, or start a new run",
+                )
+            self.console.say(f"reference: {len(sums.values):,} {split} responses kept by this run")
+        else:
+            with self.stop.deferred():
+                sums = self._score(examples, split, store)
+            sums.save(kept)
+        checked = spot_check(
+            examples,
+            sums,
+            self._score_together,
+            k=SPOT_CHECKED_EXAMPLES,
+            seed=self.seed,
+            tolerance=tolerance_per_token(self.reference.dtype_name),
+            store=store,
+        )
+        self.console.say(checked.line)
+        return sums
+
+    def _score(self, examples: Examples, split: str, store: ReferenceStore) -> ReferenceSums:
+        with ExitStack() as display:
+
+            def progress(done: int, total: int) -> None:
+                # Opened by the first batch: where everything is in the store, there is nothing to show.
+                if not display_open:
+                    display.enter_context(self.console.progress(f"scoring {split}", total))
+                    display_open.append(True)
+                self.console.advance(done)
+
+            display_open: list[bool] = []
+            return reference_sums(
+                examples,
+                make_score=lambda: self._score_together,
+                store=store,
+                tokens_per_batch=self.tokens_per_batch,
+                report=self.console.say,
+                progress=progress,
+                should_stop=lambda: self.stop.requested is not None,
+            )
+
+    def _score_together(self, examples: Sequence[Example]) -> list[list[NDArray[np.float32]]]:
+        return score_examples(self.packed, examples)
+
+
+def release_memory() -> None:
+    """Give a dropped model's memory back to the device before the policy's optimiser is built."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,102 @@
+"""What a run gained: task accuracy before and after, the summary on the screen, and the final model with its card."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_cli.atomic import write_json
+from dpo_cli.paths import resolve_path
+from dpo_cli.policy.load import LoadedModel
+from dpo_cli.policy.model_card import Result
+from dpo_cli.rollout.exact_match import Difference, Problem, exact_match, load_problems, paired_difference
+from dpo_cli.train.console import RunConsole
+from dpo_cli.train.metrics_log import read_metrics
+
+
+@dataclass(frozen=True)
+class TaskAccuracy:
+    """Exact match on a file of problems, before and after training, on the very same problems.
+
+    encode: from a prompt's text to token ids, as the training data saw prompts.
+    The outcome before training is kept in the run folder, so that a resumed run need not find it again.
+    """
+
+    problems: Sequence[Problem]
+    max_new_tokens: int
+    encode: Callable[[str], Sequence[int]]
+    file: Path
+
+    @classmethod
+    def of(cls, settings: Any, encode: Callable[[str], Sequence[int]], run_dir: Path) -> TaskAccuracy:
+        """settings: the config's data.exact_match. Raises DataError for a problems file that cannot be used."""
+        return cls(
+            problems=load_problems(resolve_path(settings.problems), limit=settings.limit),
+            max_new_tokens=settings.max_new_tokens,
+            encode=encode,
+            file=run_dir / "exact_match.json",
+        )
+
+    def before(self, policy: LoadedModel, console: RunConsole) -> None:
+        if not self.file.exists():
+            solved = self._solve(policy)
+            write_json(self.file, {"before": solved.astype(int).tolist()})
+            console.say(f"exact match before training: {solved.mean():.1%} of {len(solved):,} problems")
+
+    def after(self, policy: LoadedModel, console: RunConsole) -> Difference:
+        kept = json.loads(self.file.read_text())
+        solved = self._solve(policy)
+        write_json(self.file, kept | {"after": solved.astype(int).tolist()})
+        difference = paired_difference(np.array(kept["before"], bool), solved)
+        console.heading(describe_difference(difference, len(solved)))
+        return difference
+
+    def _solve(self, policy: LoadedModel) -> NDArray[np.bool_]:
+        return exact_match(
+            policy.model,
+            policy.tokenizer,
+            self.problems,
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=policy.stop_token_ids,
+            encode=self.encode,
+        )
+
+
+def describe_difference(difference: Difference, problems: int) -> str:
+    return (
+        f"exact match on {problems:,} held-out problems: {difference.before_mean:.1%} before, "
+        f"{difference.after_mean:.1%} after, {100 * difference.gain:+.1f} points "
+        f"(95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+    )
+
+
+def held_out_results(metrics_file: Path, difference: Difference | None) -> list[Result]:
+    """The model card's table: held-out metrics of the first and the last evaluation, and task accuracy."""
+    evaluations = [row for row in read_metrics(metrics_file) if row["split"] == "eval"]
+    results = []
+    if difference is not None:
+        interval = (difference.low, difference.high)
+        results.append(Result("exact match", difference.before_mean, difference.after_mean, interval))
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        results += [
+            Result(name, first[name], last[name])
+            for name in first
+            if name not in ("step", "split", "epoch") and None not in (first[name], last.get(name))
+        ]
+    return results
+
+
+def formula_of(loss: Callable[..., Any]) -> str:
+    """The first line of a loss's docstring, which says in words or mathematics what it computes."""
+    while hasattr(loss, "func"):
+        loss = loss.func
+    lines = (inspect.getdoc(loss) or "a function of its author").splitlines()
+    return lines[0].rstrip(".")

@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM: finish the step and save; a second Ctrl-C leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from dpo_cli.errors import Interrupted
+
+EXIT_SECOND_CTRL_C = 130
+
+
+class StopRequest:
+    """Whether somebody asked the run to end. `requested` holds the signal's name."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._deferred = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over SIGINT and SIGTERM; put the old handlers back at the end."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._on_signal) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While open, a signal only raises the flag: whoever opened it looks at the flag and saves its work."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def check(self, saved: str) -> None:
+        """Raise Interrupted if a stop was requested; `saved` says what will be found on resuming."""
+        if self.requested:
+            raise Interrupted(f"Stopped by {self.requested}. {saved}")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            os._exit(EXIT_SECOND_CTRL_C)
+        self.requested = signal.Signals(number).name
+        if not self._deferred:
+            self.check("Training had not begun, so there is nothing to save.")

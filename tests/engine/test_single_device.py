@@ -1,0 +1,126 @@
+"""The engine moves weights as a plain optimiser would, in float32 whatever the model's dtype, and can be put back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dpo_cli.engine.single_device import OptimizerSettings, SingleDeviceEngine
+from dpo_cli.errors import CheckpointError
+
+ADAMW = OptimizerSettings(name="adamw", weight_decay=0.1, max_grad_norm=None)
+RMSPROP = OptimizerSettings(name="rmsprop", weight_decay=0.0, max_grad_norm=None)
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
+
+
+def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(16, 4, generator=generator).to(next(model.parameters()).dtype)
+    return model(inputs).square().mean()
+
+
+def train(engine: SingleDeviceEngine, model: nn.Module, steps: range, learning_rate: float = 1e-2) -> None:
+    for step in steps:
+        engine.backward(loss_of(model, step))
+        engine.step(learning_rate, engine.gradient_norm())
+
+
+@pytest.mark.parametrize(
+    ("settings", "build"),
+    [
+        (ADAMW, lambda groups: torch.optim.AdamW(groups, lr=1e-2)),
+        (RMSPROP, lambda groups: torch.optim.RMSprop(groups, lr=1e-2)),
+    ],
+)
+def test_a_step_is_the_textbook_optimisers_step(settings, build) -> None:
+    ours, theirs = small_model(), small_model()
+    engine = SingleDeviceEngine(ours, settings)
+    train(engine, ours, range(5))
+    optimizer = build(
+        [
+            {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+    )
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(theirs, step).backward()
+        optimizer.step()
+    for ours_p, theirs_p in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours_p, theirs_p, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_weights_move_at_a_learning_rate_they_could_not_feel_themselves() -> None:
+    model = small_model(torch.bfloat16)
+    before = [p.detach().clone() for p in model.parameters()]
+    engine = SingleDeviceEngine(model, OptimizerSettings(name="adamw", weight_decay=0.0, max_grad_norm=None))
+    masters = {name: tensor.clone() for name, tensor in engine.weights().items()}
+    train(engine, model, range(1), learning_rate=5e-7)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)), "too small for bf16"
+    assert any(not torch.equal(tensor, masters[name]) for name, tensor in engine.weights().items())
+    train(engine, model, range(1, 200), learning_rate=1e-5)
+    assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, engine.weights()[name].bfloat16())
+
+
+def test_bf16_gradients_accumulate_in_float32() -> None:
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    engine = SingleDeviceEngine(model, ADAMW)
+    shares = [1.0, *([2.0**-9] * 64)]
+    for share in shares:
+        engine.backward((model.weight * share).sum())
+    # In bf16, 1 + 2^-9 is 1 again: all 64 small shares would be lost.
+    assert engine.gradient_norm().item() == pytest.approx(sum(shares), rel=1e-6)
+
+
+def test_clipping_scales_the_gradient_to_the_limit() -> None:
+    model, reference = small_model(), small_model()
+    settings = OptimizerSettings(name="rmsprop", weight_decay=0.0, max_grad_norm=1e-3, eps=1.0, alpha=0.0)
+    engine = SingleDeviceEngine(model, settings)
+    engine.backward(loss_of(model, 0))
+    norm = engine.gradient_norm()
+    engine.step(1.0, norm)
+    loss_of(reference, 0).backward()
+    scale = 1e-3 / (norm.item() + 1e-6)
+    for moved, old in zip(model.parameters(), reference.parameters(), strict=True):
+        gradient = old.grad * scale
+        torch.testing.assert_close(moved, old - gradient / (gradient.abs() + 1.0), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [ADAMW, RMSPROP])
+def test_a_restored_engine_goes_on_bit_for_bit(settings: OptimizerSettings, dtype: torch.dtype) -> None:
+    straight = small_model(dtype)
+    engine = SingleDeviceEngine(straight, settings)
+    train(engine, straight, range(3))
+    weights = {name: tensor.clone() for name, tensor in engine.weights().items()}
+    moments = {name: tensor.clone() for name, tensor in engine.optimizer_tensors().items()}
+    train(engine, straight, range(3, 6))
+
+    resumed = small_model(dtype)
+    other = SingleDeviceEngine(resumed, settings)
+    other.load(weights, moments)
+    train(other, resumed, range(3, 6))
+    for name, tensor in engine.weights().items():
+        assert torch.equal(tensor, other.weights()[name])
+    for name, tensor in engine.optimizer_tensors().items():
+        assert torch.equal(tensor, other.optimizer_tensors()[name])
+
+
+def test_frozen_parameters_are_left_alone_and_left_out() -> None:
+    model = small_model()
+    model[0].requires_grad_(False)
+    engine = SingleDeviceEngine(model, ADAMW)
+    assert set(engine.weights()) == {"2.weight", "2.bias"}
+
+
+def test_another_models_checkpoint_is_refused() -> None:
+    engine = SingleDeviceEngine(small_model(), ADAMW)
+    with pytest.raises(CheckpointError, match=r"0\.bias"):
+        engine.load({"0.weight": torch.zeros(3, 3)}, {})
