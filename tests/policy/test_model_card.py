@@ -1,0 +1,70 @@
+"""The card says what a reader must know, and nothing that must stay secret."""
+
+from __future__ import annotations
+
+import yaml
+
+from dpo_cli.policy.model_card import Result, mask_secrets, model_card
+
+TOKEN = "hf_" + "a1B2" * 8
+
+
+def card(**changes: object) -> str:
+    values: dict[str, object] = {
+        "name": "qwen2-dpo",
+        "base": "Qwen/Qwen2-0.5B",
+        "reference": "the policy's own start",
+        "data": ["trl-lib/ultrafeedback_binarized", "pairs.jsonl"],
+        "loss": "dpo",
+        "formula": "-log sigmoid(beta * margin)",
+        "config": {"loss": {"beta": 0.1}, "model": {"path": "Qwen/Qwen2-0.5B"}},
+        "results": [Result("exact match", 0.512, 0.5735, (0.03, 0.09)), Result("rewards/accuracies", 0.5, 0.71)],
+        "version": "0.1.0",
+    }
+    return model_card(**(values | changes))  # type: ignore[arg-type]
+
+
+def header(text: str) -> dict[str, object]:
+    return dict(yaml.safe_load(text.split("---\n")[1]))
+
+
+def test_the_header_is_what_the_hub_reads() -> None:
+    found = header(card())
+    assert found["base_model"] == "Qwen/Qwen2-0.5B" and found["library_name"] == "transformers"
+    assert found["datasets"] == ["trl-lib/ultrafeedback_binarized"]
+    assert "dpo" in found["tags"]  # type: ignore[operator]
+
+
+def test_a_local_base_is_stated_but_not_offered_to_the_hub() -> None:
+    text = card(base="/home/me/models/base", data=["/home/me/pairs.jsonl"])
+    assert "base_model" not in header(text) and "datasets" not in header(text)
+    assert "**Base**: `/home/me/models/base`" in text
+
+
+def test_the_whole_configuration_can_be_read_back() -> None:
+    block = card().split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(block) == {"loss": {"beta": 0.1}, "model": {"path": "Qwen/Qwen2-0.5B"}}
+
+
+def test_results_show_before_after_change_and_interval() -> None:
+    assert "| exact match | 0.512 | 0.5735 | +0.0615 (95 % interval +0.03 to +0.09) |" in card()
+    assert "| rewards/accuracies | 0.5 | 0.71 | +0.21 |" in card()
+    assert "No held-out data was given." in card(results=[])
+
+
+def test_an_adapter_and_lora_are_stated() -> None:
+    text = card(adapter="my-sft", lora=True, reference="the base with the adapter")
+    assert "with the adapter `my-sft` merged in" in text and "LoRA" in text
+
+
+def test_secrets_are_blotted_out_wherever_they_stand() -> None:
+    text = card(
+        config={"hub_password": "hunter2", "note": f"use {TOKEN}", "url": "https://me:secret@host/x", "list": [TOKEN]},
+        data=[f"https://me:{TOKEN}@host/pairs.jsonl"],
+    )
+    assert TOKEN not in text and "hunter2" not in text and "me:secret" not in text
+
+
+def test_masking_leaves_ordinary_values_alone() -> None:
+    values = {"max_tokens": 512, "tokens_per_microbatch": 4096, "keys": ["a"], "beta": 0.1, "none": None, "flag": True}
+    assert mask_secrets(values) == values
