@@ -1,0 +1,195 @@
+"""A step is the mean over the global batch however it is cut, coupled losses included."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from dpo_cli.data.example import Example
+from dpo_cli.engine.single_device import OptimizerSettings, SingleDeviceEngine
+from dpo_cli.errors import NonFiniteError
+from dpo_cli.losses.dpo import dpo_loss
+from dpo_cli.losses.kto import kto_loss
+from dpo_cli.losses.plackett_luce import plackett_luce_loss
+from dpo_cli.losses.sft_ref import sft_ref_loss
+from dpo_cli.losses.types import LossValues, PairLogps, UnpairedLogps, declare
+from dpo_cli.policy.packed_model import PackedModel, score_examples
+from dpo_cli.train.metric_sums import MetricSums
+from dpo_cli.train.objective import Objective
+from dpo_cli.train.step import MicroBatch, accumulate_gradient, blame_non_finite
+
+CPU = torch.device("cpu")
+
+
+def packed_model() -> PackedModel:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=torch.float64)
+    return PackedModel(model)
+
+
+def random_examples(count: int, responses: Callable[[int], int] = lambda _: 2, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+
+    def ids() -> Any:
+        return rng.integers(0, 31, rng.integers(1, 9)).astype(np.int32)
+
+    return [
+        Example(
+            prompt=ids(),
+            responses=tuple(ids() for _ in range(responses(number))),
+            desirable=number % 3 != 0,
+            origin=f"rows.jsonl row {number + 1}",
+        )
+        for number in range(count)
+    ]
+
+
+def cut(examples: list[Example], sizes: list[int], reference: bool = True) -> list[MicroBatch]:
+    micros, start = [], 0
+    for size in sizes:
+        part = examples[start : start + size]
+        sums = tuple(np.full(len(e.responses), -7.0 - len(e.prompt)) + np.arange(len(e.responses)) for e in part)
+        micros.append(MicroBatch(examples=tuple(part), references=sums if reference else None))
+        start += size
+    return micros
+
+
+def gradient(loss: Callable[..., Any], micros: list[MicroBatch]) -> tuple[float, dict[str, torch.Tensor], MetricSums]:
+    packed = packed_model()
+    engine = SingleDeviceEngine(packed.model, OptimizerSettings("adamw", 0.0, None))
+    outcome = accumulate_gradient(micros, packed, Objective.of(loss), engine, CPU)
+    grads = {n: p.grad.clone() for n, p in packed.model.named_parameters() if p.grad is not None}
+    return float(outcome.loss), grads, outcome.metrics
+
+
+LOSSES = {
+    "dpo": (functools.partial(dpo_loss, beta=0.3, nll_alpha=0.5), 2),
+    "kto": (functools.partial(kto_loss, beta=0.3), 2),
+    "plackett_luce": (functools.partial(plackett_luce_loss, beta=0.3), 3),
+    "sft_ref": (sft_ref_loss, 2),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("sizes", [[6, 6], [3, 3, 3, 3], [1] * 12, [7, 4, 1]])
+def test_microbatches_change_neither_the_loss_nor_the_gradient_nor_the_metrics(name: str, sizes: list[int]) -> None:
+    loss, responses = LOSSES[name]
+    examples = random_examples(12, lambda n: responses + (n % 2 if name == "plackett_luce" else 0))
+    needs_reference = name != "sft_ref"
+    whole = gradient(loss, cut(examples, [12], needs_reference))
+    parts = gradient(loss, cut(examples, sizes, needs_reference))
+    assert parts[0] == pytest.approx(whole[0], rel=1e-12)
+    for parameter, expected in whole[1].items():
+        torch.testing.assert_close(parts[1][parameter], expected, rtol=1e-9, atol=1e-12)
+    assert parts[2].means() == pytest.approx(whole[2].means(), rel=1e-9)
+
+
+def test_sft_is_the_mean_over_tokens_of_the_first_responses_only() -> None:
+    examples = random_examples(5)
+    packed = packed_model()
+    logps = [scores[0] for scores in score_examples(packed, examples)]
+    loss, _, metrics = gradient(sft_ref_loss, cut(examples, [2, 3], reference=False))
+    assert loss == pytest.approx(-np.concatenate(logps).mean(), rel=1e-10)
+    assert "logps/rejected" not in metrics.means()
+
+
+def test_token_weights_weigh_both_the_loss_and_its_normaliser() -> None:
+    examples = [
+        replace(e, weights=tuple(np.linspace(0.5, 2, len(r)).astype(np.float32) for r in e.responses))
+        for e in random_examples(4)
+    ]
+    logps = [scores[0] for scores in score_examples(packed_model(), examples)]
+    weights = [e.weights[0].astype(np.float64) for e in examples]
+    expected = -sum((w * x).sum() for w, x in zip(weights, logps, strict=True)) / sum(w.sum() for w in weights)
+    loss, _, _ = gradient(sft_ref_loss, cut(examples, [4], reference=False))
+    assert loss == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_coupled_loss_gets_the_gradient_of_the_whole_batch_at_once() -> None:
+    """Against autograd through one undivided forward, for a loss in which every value touches every other."""
+
+    @declare(couples_batch=True)
+    def entangled(pair: PairLogps, *, beta: float) -> LossValues:
+        margins = beta * (pair.policy_chosen - pair.policy_rejected)
+        return LossValues(values=(margins - margins.mean()).square() + margins)
+
+    loss = functools.partial(entangled, beta=0.2)
+    examples = random_examples(9)
+    _, found, _ = gradient(loss, cut(examples, [2, 4, 3]))
+
+    packed = packed_model()
+    from dpo_cli.batch.layout import pack, sum_by_response
+
+    row = pack(examples)
+    sums = sum_by_response(row, packed(row).logps)
+    margins = 0.2 * (sums[0::2] - sums[1::2])
+    (((margins - margins.mean()).square() + margins).sum() / 9).backward()
+    for name, parameter in packed.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_ktos_divergence_is_taken_over_the_global_batch() -> None:
+    seen = []
+
+    @declare(couples_batch=True)
+    def spy(unpaired: UnpairedLogps) -> LossValues:
+        seen.append(len(unpaired.kl_policy))
+        return kto_loss(unpaired, beta=0.1)
+
+    gradient(spy, cut(random_examples(10), [3, 3, 4]))
+    assert seen == [10]
+
+
+@pytest.mark.parametrize("name", ["dpo", "plackett_luce"])
+def test_a_policy_equal_to_its_reference_starts_where_the_paper_says(name: str) -> None:
+    loss, responses = {
+        "dpo": (functools.partial(dpo_loss, beta=0.3), 2),
+        "plackett_luce": (functools.partial(plackett_luce_loss, beta=0.3), 4),
+    }[name]
+    examples = random_examples(6, lambda _: responses)
+    packed = packed_model()
+    sums = tuple(np.array([r.sum() for r in row]) for row in score_examples(packed, examples))
+    loss_value, _, metrics = gradient(loss, [MicroBatch(tuple(examples), sums)])
+    assert loss_value == pytest.approx(math.log(math.factorial(responses)), abs=1e-10)
+    assert metrics.means()["rewards/margins"] == pytest.approx(0, abs=1e-10)
+
+
+def test_rows_that_break_the_loss_are_named_and_the_weights_stay() -> None:
+    packed = packed_model()
+    engine = SingleDeviceEngine(packed.model, OptimizerSettings("adamw", 0.0, None))
+    micros = cut(random_examples(6), [3, 3])
+    broken = list(micros[1].references)
+    broken[1] = np.array([np.nan, 0.0])
+    micros[1] = MicroBatch(micros[1].examples, tuple(broken))
+    before = {name: tensor.clone() for name, tensor in engine.weights().items()}
+    objective = Objective.of(functools.partial(dpo_loss, beta=0.3))
+    outcome = accumulate_gradient(micros, packed, objective, engine, CPU)
+    assert not torch.isfinite(outcome.loss)
+    error = blame_non_finite(micros, packed, objective, engine, CPU)
+    assert isinstance(error, NonFiniteError)
+    assert error.where == "rows.jsonl row 5"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.weights().items())
+
+
+def test_unpaired_metrics_are_means_over_their_own_side() -> None:
+    examples = random_examples(7)
+    _, _, metrics = gradient(functools.partial(kto_loss, beta=0.5), cut(examples, [7]))
+    means = metrics.means()
+    packed = packed_model()
+    sums = [row[0].sum() for row in score_examples(packed, examples)]
+    chosen = [s for s, e in zip(sums, examples, strict=True) if e.desirable]
+    rejected = [s for s, e in zip(sums, examples, strict=True) if not e.desirable]
+    assert means["logps/chosen"] == pytest.approx(np.mean(chosen))
+    assert means["logps/rejected"] == pytest.approx(np.mean(rejected))
