@@ -1,0 +1,64 @@
+"""The command line of dpo-train, as far as it is not override words."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from dpo_cli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """overrides: key=value words, `resume=` left out. A flag that was not given is False or None."""
+
+    overrides: tuple[str, ...]
+    resume: str | None
+    config_dir: Path | None
+    config_name: str | None
+    sweep: bool
+    show_config: bool
+    help: bool
+    version: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"The command line cannot be read: {message}.", hint="dpo-train --help")
+
+
+def parse_arguments(words: Sequence[str]) -> Arguments:
+    """Raises ConfigError for an option that is incomplete; unknown ones become override words, reported with those."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=["job"])
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    parser.add_argument("--config-name", "-cn")
+    # What argparse does not know keeps its place among the overrides only if argparse is not asked to sort them.
+    options, overrides = parser.parse_known_args(list(words))
+    resumes = [word.partition("=")[2] for word in overrides if word.startswith("resume=")]
+    if len(resumes) > 1:
+        raise ConfigError("resume= is given twice.", where="command line")
+    if options.cfg and options.multirun:
+        raise ConfigError(
+            "--cfg shows one job and -m runs several.", where="command line", hint="leave one of them out"
+        )
+    resume = resumes[0].strip("\"'") if resumes and resumes[0] != "null" else None
+    if resume == "":
+        raise ConfigError("resume= names no run folder.", where="command line", hint="resume=outputs/...")
+    return Arguments(
+        overrides=tuple(word for word in overrides if not word.startswith("resume=")),
+        resume=resume,
+        config_dir=options.config_dir,
+        config_name=options.config_name.removesuffix(".yaml") if options.config_name else None,
+        sweep=options.multirun,
+        show_config=options.cfg is not None,
+        help=options.help,
+        version=options.version,
+    )

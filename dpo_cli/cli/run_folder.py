@@ -1,0 +1,165 @@
+"""The folder of a run: made whole or not at all, never over another one, and read back to resume."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_cli.config.compose.composition import Request
+from dpo_cli.config.schema import Config
+from dpo_cli.errors import CheckpointError, ConfigError
+
+CONFIG_FILE = "config.yaml"
+REQUEST_FILE = "overrides.yaml"
+SWEEP_FILE = "sweep.yaml"
+_LOCK_FILE = ".lock"
+_DEFAULT_CONFIG = "config"
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """request: what its user typed, later resumes included. settings: the resolved configuration. cwd: where from."""
+
+    folder: Path
+    request: Request
+    settings: dict[str, Any]
+    cwd: str
+
+
+def check_free(folder: Path) -> None:
+    """Raises ConfigError when a run of this name would write over something."""
+    if not folder.exists():
+        for parent in folder.absolute().parents:
+            if parent.exists() and not parent.is_dir():
+                raise ConfigError(f"{parent} is a file, so {folder} cannot be made in it.", where="run_dir")
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is a file, not a folder.", where="run_dir", hint="run_dir=ANOTHER")
+    if any(folder.iterdir()):
+        if (folder / REQUEST_FILE).exists():
+            raise ConfigError(f"{folder} holds a run already.", where="run_dir", hint=f"dpo-train resume={folder}")
+        if (folder / SWEEP_FILE).exists():
+            raise ConfigError(f"{folder} holds a sweep already.", where="run_dir", hint=f"dpo-train resume={folder}/0")
+        raise ConfigError(f"{folder} is not empty.", where="run_dir", hint="run_dir=ANOTHER, or leave run_dir out")
+
+
+def create_run_folder(config: Config, request: Request) -> Path:
+    """Make config.run_dir with the configuration and the request inside. Raises ConfigError when it is not free."""
+    folder = Path(config.run_dir)
+    _create(
+        folder,
+        {CONFIG_FILE: config.as_dict(), REQUEST_FILE: _request_as_dict(request)},
+    )
+    return folder
+
+
+def create_sweep_folder(folder: Path, request: Request, jobs: list[list[str]]) -> None:
+    _create(folder, {SWEEP_FILE: {**_request_as_dict(request), "jobs": jobs}})
+
+
+def save_resumed(folder: Path, config: Config, request: Request) -> None:
+    """Replace a run's saved configuration and request by those it goes on with."""
+    for name, content in ((CONFIG_FILE, config.as_dict()), (REQUEST_FILE, _request_as_dict(request))):
+        temporary = folder / f".{name}.tmp"
+        _write_yaml(temporary, content)
+        temporary.replace(folder / name)
+
+
+def read_saved_run(folder: Path) -> SavedRun:
+    """Raises CheckpointError when `folder` is no run folder, or its settings are damaged."""
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no run folder {folder}.", where="resume", hint=_newest_runs(folder))
+    if (folder / SWEEP_FILE).exists():
+        jobs = [job.name for job in folder.iterdir() if (job / REQUEST_FILE).exists()]
+        jobs.sort(key=lambda name: (len(name), name))
+        named = f"name one of its jobs: {', '.join(f'resume={folder / job}' for job in jobs)}" if jobs else None
+        raise CheckpointError(f"{folder} is a sweep, not one run.", where="resume", hint=named)
+    if not (folder / REQUEST_FILE).exists():
+        run = next((parent for parent in folder.absolute().parents if (parent / REQUEST_FILE).exists()), None)
+        hint = f"resume={run}" if run else "name the folder that holds config.yaml and checkpoints/"
+        raise CheckpointError(f"{folder} is not a run folder: it has no {REQUEST_FILE}.", where="resume", hint=hint)
+    saved, settings = _read_yaml(folder / REQUEST_FILE), _read_yaml(folder / CONFIG_FILE)
+    try:
+        config_dir = saved["config_dir"]
+        request = Request(
+            overrides=tuple(map(str, saved["overrides"])),
+            config_dir=Path(config_dir) if config_dir is not None else None,
+            config_name=str(saved["config_name"]),
+        )
+        return SavedRun(folder, request, settings, str(saved["cwd"]))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{REQUEST_FILE} is damaged: {error!r}.", where=str(folder / REQUEST_FILE)) from None
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process. Raises CheckpointError when another one trains in it."""
+    with (folder / _LOCK_FILE).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                "Another process is training in this run folder.", where=str(folder), hint="wait for it, or stop it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _create(folder: Path, files: dict[str, Any]) -> None:
+    check_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A rename is all or nothing: a kill leaves no half-made run, and of two runs at the same moment one wins.
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    temporary.mkdir()
+    try:
+        for name, content in files.items():
+            _write_yaml(temporary / name, content)
+        temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            check_free(folder)
+        raise
+
+
+def _request_as_dict(request: Request) -> dict[str, Any]:
+    return {
+        "config_dir": str(request.config_dir.resolve()) if request.config_dir is not None else None,
+        "config_name": request.config_name,
+        "overrides": list(request.overrides),
+        "cwd": str(Path.cwd()),
+    }
+
+
+def _write_yaml(file: Path, content: Any) -> None:
+    with file.open("w", encoding="utf-8") as opened:
+        yaml.safe_dump(content, opened, sort_keys=False, allow_unicode=True, width=120)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file.name} cannot be read: {str(error).splitlines()[0]}.", where=str(file)) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file.name} is damaged: it holds no keys and values.", where=str(file))
+    return content
+
+
+def _newest_runs(folder: Path) -> str | None:
+    parent = folder.parent
+    runs = [item for item in parent.iterdir() if (item / REQUEST_FILE).exists()] if parent.is_dir() else []
+    newest = max(runs, key=lambda run: run.stat().st_mtime, default=None)
+    return f"the newest run there: resume={newest}" if newest else None

@@ -1,0 +1,201 @@
+"""dpo-train: check the configuration, make the run's folder, train.
+
+Nothing heavy is imported before the configuration is right.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_cli.cli.arguments import Arguments, parse_arguments
+from dpo_cli.config.secrets import mask
+from dpo_cli.errors import EXIT_BAD_INPUT, ConfigError, DpoError
+
+if TYPE_CHECKING:
+    from dpo_cli.config.compose.composition import Request
+    from dpo_cli.config.schema import Config
+
+EXIT_BUG = 1
+EXIT_KEYBOARD = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run dpo-train with these arguments, those of the process by default; returns the exit code."""
+    try:
+        _dispatch(parse_arguments(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return 0
+    except DpoError as error:
+        print(_report(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return EXIT_KEYBOARD
+    except BrokenPipeError:
+        # Whoever read our output has left; a second complaint at exit would help nobody.
+        sys.stdout = None
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            print(_report(DpoError(f"{error.strerror}.", where=error.filename)), file=sys.stderr)
+            return EXIT_BAD_INPUT
+        return _report_bug()
+    except Exception:
+        return _report_bug()
+
+
+def _dispatch(arguments: Arguments) -> None:
+    if arguments.help:
+        from dpo_cli.cli.help import help_text
+
+        print(help_text(), end="")
+    elif arguments.version:
+        print(f"dpo-cli {_version()}")
+    elif arguments.resume is not None:
+        _resume(arguments)
+    elif arguments.sweep:
+        from dpo_cli.cli.sweep import sweep
+
+        sweep(_request(arguments), train=_train)
+    else:
+        _start(arguments)
+
+
+def _start(arguments: Arguments) -> None:
+    from dpo_cli.cli.run_folder import check_free, create_run_folder
+    from dpo_cli.config.check import check
+    from dpo_cli.config.compose.composition import compose
+    from dpo_cli.config.shipped import is_shipped
+
+    request = _request(arguments)
+    composition = compose(request)
+    problems: list[DpoError] = []
+    config = None
+    try:
+        config = check(composition)
+    except ConfigError as error:
+        problems += error.problems
+    run_dir = composition.values.get("run_dir")
+    unnamed = is_shipped(composition.place("run_dir") or "")
+    if isinstance(run_dir, str) and run_dir and not unnamed and not arguments.show_config:
+        try:
+            check_free(Path(run_dir))
+        except ConfigError as error:
+            problems.append(error)
+    if problems or config is None:
+        raise ConfigError(problems)
+    if arguments.show_config:
+        _show(config)
+        return
+    if unnamed:
+        config = config.model_copy(update={"run_dir": _unused(config.run_dir)})
+    create_run_folder(config, request)
+    _train(config)
+
+
+def _show(config: Config) -> None:
+    import yaml
+
+    print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True, width=120), end="")
+
+
+def _resume(arguments: Arguments) -> None:
+    from dpo_cli.cli.run_folder import read_saved_run, save_resumed
+    from dpo_cli.config.check import check
+    from dpo_cli.config.compose.composition import compose
+    from dpo_cli.config.diff import refuse_another_experiment
+    from dpo_cli.config.loss_signature import import_path_includes
+
+    if arguments.sweep:
+        raise ConfigError(
+            "resume= goes on with one run, and -m starts several.", where="command line", hint="leave -m out"
+        )
+    if any(word.lstrip("+").startswith("run_dir=") for word in arguments.overrides):
+        raise ConfigError(
+            "resume= and run_dir= name two folders for one run.",
+            where="command line",
+            hint="leave run_dir out; a run goes on in its own folder, which may have been moved",
+        )
+    folder = Path(str(arguments.resume))
+    saved = read_saved_run(folder)
+    import_path_includes(Path.cwd())
+    request = replace(
+        saved.request,
+        overrides=(*saved.request.overrides, *arguments.overrides),
+        config_dir=arguments.config_dir or saved.request.config_dir,
+        config_name=arguments.config_name or saved.request.config_name,
+    )
+    try:
+        config = check(compose(request, run_dir=str(folder)))
+    except ConfigError as error:
+        if saved.cwd != str(Path.cwd()):
+            error.add_note(f"The run was started in {saved.cwd}, where its relative paths begin.")
+        raise
+    refuse_another_experiment(saved.settings, config.as_dict(), run_folder=str(folder))
+    if arguments.show_config:
+        _show(config)
+        return
+    _train(config, before=lambda: save_resumed(folder, config, request))
+
+
+def _train(config: Config, *, before: Callable[[], None] | None = None) -> None:
+    """Train in the run's folder, from where it stands; `before` runs once no other process can be training there."""
+    from dpo_cli.cli.run_folder import exclusive
+
+    folder = Path(config.run_dir)
+    with exclusive(folder):
+        if before is not None:
+            before()
+        # Only here, with the configuration checked, is torch imported.
+        from dpo_cli.train.run import run_training
+
+        run_training(config, run_dir=folder)
+
+
+def _request(arguments: Arguments) -> Request:
+    from dpo_cli.config.compose.composition import Request
+    from dpo_cli.config.loss_signature import import_path_includes
+
+    # A user's own loss lies where dpo-train is started.
+    import_path_includes(Path.cwd())
+    return Request(arguments.overrides, arguments.config_dir, arguments.config_name or "config")
+
+
+def _unused(run_dir: str) -> str:
+    """The folder's name, or the first numbered one that is free: several runs may start in one second."""
+    numbered = (run_dir if count == 1 else f"{run_dir}_{count}" for count in itertools.count(1))
+    return next(name for name in numbered if not Path(name).exists())
+
+
+def _report(error: DpoError) -> str:
+    problems = error.problems if isinstance(error, ConfigError) else (error,)
+    lines = [str(problem) for problem in problems]
+    if len(problems) > 1:
+        lines.insert(0, f"{len(problems)} problems:")
+    lines += getattr(error, "__notes__", [])
+    return mask("dpo-train: " + "\n".join(lines))
+
+
+def _report_bug() -> int:
+    traceback.print_exc()
+    print(f"This is a bug of dpo-cli {_version()}, not of your input.", file=sys.stderr)
+    return EXIT_BUG
+
+
+def _version() -> str:
+    try:
+        return version("dpo-cli")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,191 @@
+"""From a composition to a checked configuration, or to everything that is wrong with it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from dpo_cli.config.compose.composition import Composition
+from dpo_cli.config.contradictions import CHECKS, held_out_data_is_named_once
+from dpo_cli.config.keys import known_keys
+from dpo_cli.config.loss_check import check_loss
+from dpo_cli.config.schema import OPTIMIZERS, Config
+from dpo_cli.config.secrets import looks_secret, mask
+from dpo_cli.config.shipped import GROUPS, is_shipped
+from dpo_cli.config.suggest import suggest_choice, suggest_key
+from dpo_cli.errors import ConfigError, DpoError
+
+MISSING = "???"
+_WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_too_short": "text, not nothing",
+    "finite_number": "finite",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a section of keys",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+}
+
+
+def check(composition: Composition) -> Config:
+    """The checked configuration. Raises ConfigError holding every problem found."""
+    problems = list(composition.problems)
+    config: Config | None = None
+    if composition.values:
+        config, found = _check_values(composition)
+        problems += found
+    if config is None or problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _check_values(composition: Composition) -> tuple[Config | None, list[DpoError]]:
+    values = composition.values
+    problems: list[DpoError] = []
+    faulty: set[str] = set()
+
+    flat = dict(flatten(values))
+    for key, value in flat.items():
+        if value == MISSING:
+            faulty.add(key)
+            problems.append(_located(ConfigError(f"{key} must be given.", hint=f"{key}=..."), key, composition))
+        elif looks_secret(key, value):
+            faulty.add(key)
+            problem = ConfigError(
+                f"{key} seems to hold an access token or password ({mask(f'{key}={value}').partition('=')[2]}).",
+                hint="log in, or set an environment variable, instead: a run's settings are saved beside its results",
+            )
+            problems.append(_located(problem, key, composition))
+
+    config: Config | None = None
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        for key, problem in _schema_problems(error.errors(include_url=False), composition):
+            if key not in faulty:
+                faulty.add(key)
+                problems.append(problem)
+
+    # Sections that are switched off pass the schema unread.
+    known = set(known_keys(values))
+    for key in flat:
+        if key.startswith(("model.lora.", "data.exact_match.")) and key not in known and key not in faulty:
+            faulty.add(key)
+            problems.append(_located(_unknown(key, composition), key, composition))
+
+    loss = values.get("loss")
+    if isinstance(loss, Mapping):
+        found = check_loss(
+            {key: value for key, value in loss.items() if f"loss.{key}" not in faulty}, composition.place
+        )
+        faulty |= {str(problem.where).split(",")[0] for problem in found}
+        problems += found
+
+    valid = {key: value for key, value in flat.items() if not any(_under(key, bad) for bad in faulty)}
+    valid |= {section: values["data"][leaf] for section, leaf in _list_keys(values) if section not in faulty}
+    valid |= {f"choice.{group}": choice for group, choice in composition.choices.items()}
+    checks = list(CHECKS)
+    place = composition.place("data.eval_fraction")
+    if place is not None and not is_shipped(place):
+        checks.append((held_out_data_is_named_once, ("data.eval", "data.eval_fraction")))
+    for contradiction, keys in checks:
+        if all(key in valid for key in keys) and (clash := contradiction(valid)):
+            problems.append(_located(clash, clash.where or keys[0], composition))
+    return config, problems
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves by their dotted keys; an empty section is a leaf, and so is a list."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _list_keys(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """data.train and data.eval, which a single {path: ...} would otherwise take apart."""
+    data = values.get("data")
+    return [(f"data.{leaf}", leaf) for leaf in ("train", "eval") if isinstance(data, Mapping) and leaf in data]
+
+
+def _under(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def _located(problem: ConfigError, key: str, composition: Composition) -> ConfigError:
+    where = ", ".join(filter(None, [key, composition.place(key)]))
+    return ConfigError(problem.message, where=where, hint=problem.hint)
+
+
+def _schema_problems(errors: Iterable[ErrorDetails], composition: Composition) -> Iterator[tuple[str, ConfigError]]:
+    for error in errors:
+        key = _key(error["loc"])
+        if error["type"] == "extra_forbidden":
+            for name, _ in flatten({key: error["input"]}):
+                yield name, _located(_unknown(name, composition), name, composition)
+        elif error["type"] == "missing" and not isinstance(error["loc"][-1], int):
+            yield key, _located(_absent(key), key, composition)
+        else:
+            yield key, _located(_mistyped(key, error), key, composition)
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    """The dotted key of a pydantic location, which also names the optimiser whose rules were applied."""
+    parts = list(location)
+    if len(parts) > 1 and parts[0] == "optimizer" and parts[1] in OPTIMIZERS:
+        parts.pop(1)
+    return ".".join(map(str, parts))
+
+
+def _unknown(key: str, composition: Composition) -> ConfigError:
+    if key in GROUPS:
+        return ConfigError(f"{key} is a choice of files, not a key.", hint=f"{key}=NAME on the command line")
+    owner = _owner(key, composition)
+    hint = f"{owner} has it" if owner else suggest_key(key, [*known_keys(composition.values), *GROUPS])
+    return ConfigError(f"There is no key {key}.", hint=hint)
+
+
+def _owner(key: str, composition: Composition) -> str | None:
+    """The other choice of its group that a key belongs to, as in optimizer.momentum under optimizer=adamw."""
+    section, _, leaf = key.partition(".")
+    for name, kind in OPTIMIZERS.items():
+        if section == "optimizer" and leaf in kind.model_fields and name != composition.choices.get("optimizer"):
+            return f"optimizer={name}"
+    return None
+
+
+def _absent(key: str) -> ConfigError:
+    if key in GROUPS:
+        return ConfigError(f"No {key} is chosen.", hint=f"add it to the defaults list of your file, or {key}=NAME")
+    return ConfigError(f"{key} must be given.", hint=f"{key}=...")
+
+
+def _mistyped(key: str, error: ErrorDetails) -> ConfigError:
+    given = error["input"]
+    shown = {None: "null", True: "true", False: "false"}.get(given) if isinstance(given, bool | None) else repr(given)
+    context = error.get("ctx", {})
+    if error["type"] == "literal_error":
+        expected = [choice.strip("' ") for choice in str(context["expected"]).replace(" or ", ",").split(",")]
+        return ConfigError(f"{key} cannot be {mask(str(shown))}.", hint=suggest_choice(str(given), expected))
+    if error["type"] == "value_error":
+        return ConfigError(f"{key} {mask(str(context['error']))}.")
+    if error["type"] in ("missing", "too_long"):
+        return ConfigError(f"{key} has the wrong number of entries.")
+    wanted = _WANTED.get(error["type"], error["msg"]).format(**context)
+    return ConfigError(f"{key} must be {wanted}, not {mask(str(shown))}.")

@@ -1,0 +1,128 @@
+"""Read `key=value` words of a command line, all of them, bad ones included."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, ValueType
+from hydra.errors import HydraException
+
+from dpo_cli.config.secrets import mask
+from dpo_cli.errors import ConfigError, DpoError
+
+# Keys whose value is text to be taken as it stands: braces, commas and trailing spaces mean nothing to Hydra in them.
+VERBATIM_KEYS = frozenset({"data.prompt_template"})
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
+
+
+def decode_escapes(text: str) -> str:
+    r"""Turn the two characters \n, as a shell hands them over, into a line break; likewise \t, \r, \\ and quotes."""
+    return re.sub(r"\\([ntr\\\"'])", lambda found: _ESCAPES[found[1]], text)
+
+
+def parse_overrides(words: Sequence[str], *, sweep: bool) -> tuple[list[Override], list[DpoError]]:
+    """Overrides in order, and a problem for every word that is none.
+
+    sweep: several values for a key, as in loss.beta=0.1,0.5, are allowed.
+    """
+    # Without a config loader: it is needed for glob() sweeps over a group's choices only, which are refused below.
+    parser = OverridesParser.create()
+    overrides: list[Override] = []
+    problems: list[DpoError] = []
+    for word in words:
+        try:
+            override = _parse(word, parser)
+        except ConfigError as error:
+            problems.append(error)
+            continue
+        if override.is_sweep_override() and (problem := _sweep_problem(override, sweep)):
+            problems.append(problem)
+        else:
+            overrides.append(override)
+    return overrides, problems
+
+
+def expand_sweep(overrides: Sequence[Override]) -> list[list[str]]:
+    """The override words of every job: the product of all values given, the last key varying fastest."""
+    axes = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in overrides
+    ]
+    return [list(job) for job in itertools.product(*axes)]
+
+
+def _parse(word: str, parser: OverridesParser) -> Override:
+    key, equals, value = word.partition("=")
+    key = key.strip()
+    if key.lstrip("+") in VERBATIM_KEYS and equals and value != "null":
+        return _verbatim(word, key.lstrip("+"), value)
+    if word.startswith("-"):
+        raise ConfigError(f"There is no option {word}.", where="command line", hint=_without_dashes(word))
+    if not equals and not word.startswith("~"):
+        raise ConfigError(
+            f"{mask(word)!r} is not of the form key=value.",
+            where="command line",
+            hint="write key=value, without spaces around the equals sign; quote values that hold spaces",
+        )
+    try:
+        return parser.parse_override(word)
+    except HydraException as error:
+        raise ConfigError(
+            f"{mask(word)!r} cannot be read: {_first_line(error)}",
+            where="command line",
+            hint=f"quote the value for the shell and for the reader: '{key}=\"...\"'",
+        ) from None
+
+
+def _verbatim(word: str, key: str, value: str) -> Override:
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]
+    return Override(
+        type=OverrideType.CHANGE,
+        key_or_group=key,
+        value_type=ValueType.ELEMENT,
+        _value=QuotedString(text=decode_escapes(value), quote=Quote.double),
+        input_line=word,
+    )
+
+
+def _sweep_problem(override: Override, sweep: bool) -> ConfigError | None:
+    word = mask(str(override.input_line))
+    key = override.key_or_group
+    if not sweep:
+        values = word.partition("=")[2]
+        return ConfigError(
+            f"{word} gives {key} several values.",
+            where="command line",
+            hint=f"dpo-train -m {word} trains one after the other; {key}=[{values}] is one list",
+        )
+    if key in ("run_dir", "resume"):
+        return ConfigError(
+            f"{key} cannot be swept: a sweep numbers its jobs' folders itself.",
+            where="command line",
+            hint="run_dir=FOLDER puts them at FOLDER/0, FOLDER/1, ...",
+        )
+    try:
+        if not list(override.sweep_string_iterator()):
+            return ConfigError(f"{word} gives {key} no value.", where="command line")
+    except HydraException:
+        return ConfigError(
+            f"{word} cannot be swept: its values must be listed.",
+            where="command line",
+            hint=f"{key}=value1,value2 or {key}=range(1,4)",
+        )
+    return None
+
+
+def _without_dashes(word: str) -> str:
+    bare = word.lstrip("-").replace("-", "_")
+    return f"{bare} (keys have no dashes)" if "=" in bare else "dpo-train --help lists the options"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].lower()

@@ -1,0 +1,201 @@
+"""Settings that are each fine and cannot stand together, or name files that are not there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.config.suggest import closest
+from dpo_cli.errors import ConfigError
+from dpo_cli.paths import PACKAGE_SCHEME, resolve_path
+
+Values = Mapping[str, Any]
+_FILE_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def rows_fit_a_microbatch(values: Values) -> ConfigError | None:
+    longest, budget = values["data.max_tokens"], values["tokens_per_microbatch"]
+    if longest <= budget:
+        return None
+    return ConfigError(
+        f"data.max_tokens is {longest}, more than the {budget} tokens of a micro-batch.",
+        where="tokens_per_microbatch",
+        hint=f"tokens_per_microbatch={longest} or data.max_tokens={budget}",
+    )
+
+
+def training_ends(values: Values) -> ConfigError | None:
+    if values["epochs"] is not None or values["max_steps"] is not None:
+        return None
+    return ConfigError("epochs and max_steps are both null: training would never end.", where="epochs", hint="epochs=1")
+
+
+def warmup_ends(values: Values) -> ConfigError | None:
+    warmup, steps = values["optimizer.warmup_steps"], values["max_steps"]
+    if steps is None or warmup < steps or warmup == 0:
+        return None
+    return ConfigError(
+        f"optimizer.warmup_steps is {warmup}, and training ends after {steps} steps: the learning rate never peaks.",
+        where="optimizer.warmup_steps",
+        hint=f"optimizer.warmup_steps={steps // 10}",
+    )
+
+
+def adapter_names_its_reference(values: Values) -> ConfigError | None:
+    if values["model.adapter"] is None or values["model.reference"] is not None:
+        return None
+    return ConfigError(
+        "model.adapter is set, and model.reference does not say whether it belongs to the reference.",
+        where="model.reference",
+        hint="model.reference=start (base with the adapter, after SFT) or model.reference=base (without it)",
+    )
+
+
+def base_reference_has_an_adapter(values: Values) -> ConfigError | None:
+    if values["model.reference"] != "base" or values["model.adapter"] is not None:
+        return None
+    return ConfigError(
+        "model.reference=base means the model without model.adapter, and there is no adapter.",
+        where="model.reference",
+        hint="model.reference=start, or name the adapter",
+    )
+
+
+def reference_free_has_no_reference(values: Values) -> ConfigError | None:
+    reference = values["model.reference"]
+    if not values["loss.reference_free"] or reference in (None, "start"):
+        return None
+    return ConfigError(
+        f"loss.reference_free=true leaves the reference out, yet model.reference names one: {reference}.",
+        where="loss.reference_free",
+        hint="loss.reference_free=false or model.reference=null",
+    )
+
+
+def template_has_fields(values: Values) -> ConfigError | None:
+    template = values["data.prompt_template"]
+    if template is None or re.search(r"\{\w+\}", template):
+        return None
+    return ConfigError(
+        "data.prompt_template names no column, so every prompt would be the same.",
+        where="data.prompt_template",
+        hint="'data.prompt_template=Question: {question}\\n\\nAnswer: '",
+    )
+
+
+def float16_is_not_trained(values: Values) -> ConfigError | None:
+    if values["model.dtype"] != "float16":
+        return None
+    return ConfigError(
+        "float16 gradients overflow without loss scaling, which is not done here.",
+        where="model.dtype",
+        hint="model.dtype=bfloat16, or auto",
+    )
+
+
+def model_exists(values: Values) -> ConfigError | None:
+    return _missing_model("model.path", values["model.path"], local=values["choice.model"] == "local")
+
+
+def adapter_exists(values: Values) -> ConfigError | None:
+    return _missing_model("model.adapter", values["model.adapter"])
+
+
+def reference_exists(values: Values) -> ConfigError | None:
+    if values["model.reference"] in ("start", "base"):
+        return None
+    return _missing_model("model.reference", values["model.reference"])
+
+
+def training_data_exists(values: Values) -> ConfigError | None:
+    return _missing_source("data.train", values["data.train"], local=values["choice.data"] == "local")
+
+
+def held_out_data_exists(values: Values) -> ConfigError | None:
+    return _missing_source("data.eval", values["data.eval"], local=values["choice.data"] == "local")
+
+
+def problems_exist(values: Values) -> ConfigError | None:
+    return _missing_path("data.exact_match.problems", values["data.exact_match.problems"], local=True)
+
+
+def held_out_data_is_named_once(values: Values) -> ConfigError | None:
+    if values["data.eval"] is None or not values["data.eval_fraction"]:
+        return None
+    return ConfigError(
+        "data.eval names the held-out data, and data.eval_fraction would hold out training rows as well.",
+        where="data.eval_fraction",
+        hint="leave one of the two out",
+    )
+
+
+def resume_stands_alone(values: Values) -> ConfigError | None:
+    if values["resume"] is None:
+        return None
+    return ConfigError(
+        "resume is set in a file; it names one run and belongs on the command line.",
+        where="resume",
+        hint=f"dpo-train resume={values['resume']}",
+    )
+
+
+# Each check with the keys it reads; it is asked only when every one of them is valid by itself.
+CHECKS: tuple[tuple[Callable[[Values], ConfigError | None], tuple[str, ...]], ...] = (
+    (rows_fit_a_microbatch, ("data.max_tokens", "tokens_per_microbatch")),
+    (training_ends, ("epochs", "max_steps")),
+    (warmup_ends, ("optimizer.warmup_steps", "max_steps")),
+    (adapter_names_its_reference, ("model.adapter", "model.reference")),
+    (base_reference_has_an_adapter, ("model.adapter", "model.reference")),
+    (reference_free_has_no_reference, ("loss.reference_free", "model.reference")),
+    (template_has_fields, ("data.prompt_template",)),
+    (float16_is_not_trained, ("model.dtype",)),
+    (model_exists, ("model.path", "choice.model")),
+    (adapter_exists, ("model.adapter",)),
+    (reference_exists, ("model.reference",)),
+    (training_data_exists, ("data.train", "choice.data")),
+    (held_out_data_exists, ("data.eval", "choice.data")),
+    (problems_exist, ("data.exact_match.problems",)),
+    (resume_stands_alone, ("resume",)),
+)
+
+
+def _missing_source(key: str, value: Any, *, local: bool) -> ConfigError | None:
+    entries = value if isinstance(value, list | tuple) else [value]
+    paths = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in entries]
+    return next((problem for path in paths if (problem := _missing_path(key, path, local=local))), None)
+
+
+def _missing_model(key: str, path: Any, *, local: bool = False) -> ConfigError | None:
+    problem = _missing_path(key, path, local=local)
+    if problem is None and isinstance(path, str) and path and Path(resolve_path(path)).expanduser().is_file():
+        return ConfigError(f"{path} is a file; a model is a folder.", where=key, hint=f"{key}={Path(path).parent}")
+    return problem
+
+
+def _missing_path(key: str, path: Any, *, local: bool) -> ConfigError | None:
+    """A problem when `path` can only mean a file or folder of this machine and there is none.
+
+    local: a bare name, which could be one on the hub, means a file here; `owner/name` may be on the hub in any case.
+    """
+    if not isinstance(path, str) or not path or "://" in path.removeprefix(PACKAGE_SCHEME):
+        return None
+    file = Path(resolve_path(path)).expanduser()
+    if file.exists() or any(character in path for character in "*?["):  # the data room expands patterns
+        return None
+    looks_local = path.startswith((".", "/", "~", PACKAGE_SCHEME)) or path.endswith(_FILE_ENDINGS)
+    if not looks_local and _HUB_NAME.fullmatch(path) and ("/" in path or not local):
+        return None
+    if path.startswith(PACKAGE_SCHEME):
+        return ConfigError(
+            f"{path} is missing from the installed package.", where=key, hint=f"install it again: {file}"
+        )
+    neighbours = [item.name for item in file.parent.iterdir()] if file.parent.is_dir() else []
+    found = closest(file.name, neighbours)
+    return ConfigError(
+        f"There is no file or folder {path}.",
+        where=key,
+        hint=f"did you mean {file.with_name(found)}?" if found else f"relative paths start at {Path.cwd()}",
+    )

@@ -1,0 +1,193 @@
+"""The checked configuration: names, types and ranges of every key. Defaults live in conf/ only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+Name = Annotated[str, Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+CountOrNever = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class LoraConfig(Section):
+    rank: Count
+    alpha: Positive
+    target_modules: Annotated[str | list[str], BeforeValidator(lambda value: _text_or_list(value))]
+
+
+class ModelConfig(Section):
+    path: Name
+    revision: Name | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    gradient_checkpointing: bool
+    trust_remote_code: bool
+    adapter: Name | None
+    reference: Name | None
+    lora: Annotated[LoraConfig | None, BeforeValidator(lambda value: _off_without(value, "rank"))]
+
+
+class DataSource(Section):
+    """One entry of data.train or data.eval. weight: how often its rows are shown, relative to the others."""
+
+    path: Name
+    weight: Positive = 1.0
+    split: Name | None = None
+    name: Name | None = None
+
+
+class ExactMatchConfig(Section):
+    problems: Name
+    max_new_tokens: Count
+    limit: Count | None
+
+
+# A path, or a list of paths or of {path, weight, ...}.
+Sources = Annotated[tuple[DataSource, ...], BeforeValidator(lambda value: _as_sources(value))]
+
+
+class DataConfig(Section):
+    train: Sources
+    eval: Sources | None
+    eval_fraction: Share
+    split: Name
+    eval_split: Name | None
+    subset: Name | None
+    max_tokens: Annotated[int, Field(ge=2)]
+    on_long: Literal["drop", "truncate", "error"]
+    on_bad_row: Literal["error", "drop"]
+    chat: bool | None
+    columns: dict[str, str] | None
+    prompt_template: Name | None
+    token_weights: Positive | None
+    ranked_pairs: Literal["best_worst", "all"]
+    workers: Count | None
+    exact_match: Annotated[ExactMatchConfig | None, BeforeValidator(lambda value: _off_without(value, "problems"))]
+
+
+class LossConfig(BaseModel):
+    """A loss by the dotted name of its function; every other key is a parameter of that function."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    target: Name = Field(alias="_target_")
+    partial: Literal[True] = Field(alias="_partial_")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @property
+    def name(self) -> str:
+        return self.target.rpartition(".")[2].removesuffix("_loss")
+
+
+class OptimizerBase(Section):
+    lr: Positive
+    weight_decay: NotNegative
+    max_grad_norm: Positive | None
+    warmup_steps: CountOrNever
+    schedule: Literal["linear", "cosine", "constant"]
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)]
+
+
+class AdamWConfig(OptimizerBase):
+    name: Literal["adamw"]
+    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    eps: Positive
+
+
+class RMSpropConfig(OptimizerBase):
+    name: Literal["rmsprop"]
+    alpha: Share
+    eps: Positive
+    momentum: Share
+
+
+OPTIMIZERS: Mapping[str, type[OptimizerBase]] = {"adamw": AdamWConfig, "rmsprop": RMSpropConfig}
+
+
+def optimizer_name(value: Any) -> str:
+    """The branch an optimiser section is checked against; an unknown name is checked, and refused, as AdamW's."""
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    return name if isinstance(name, str) and name in OPTIMIZERS else "adamw"
+
+
+OptimizerConfig = Annotated[
+    Annotated[AdamWConfig, Tag("adamw")] | Annotated[RMSpropConfig, Tag("rmsprop")], Discriminator(optimizer_name)
+]
+
+
+class HardwareConfig(Section):
+    name: Literal["single_gpu"]
+    device: Literal["auto", "cuda", "cpu"]
+
+
+class TensorBoardConfig(Section):
+    folder: Name
+
+
+class LoggerConfig(Section):
+    """The loggers chosen by `logger=[...]`; one that was not chosen is None."""
+
+    tensorboard: TensorBoardConfig | None = None
+
+
+class Config(Section):
+    run_dir: Name
+    store_dir: Name
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    deterministic: bool
+    epochs: Positive | None
+    max_steps: Count | None
+    global_pairs: Count
+    tokens_per_microbatch: Annotated[int, Field(ge=2)]
+    log_every: Count
+    eval_every: CountOrNever
+    save_every: CountOrNever
+    keep_checkpoints: Count
+    resume: Name | None
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    hardware: HardwareConfig
+    logger: LoggerConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values under the names that YAML has, as they are saved with a run."""
+        plain: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
+        plain["logger"] = {name: value for name, value in plain["logger"].items() if value is not None}
+        return plain
+
+
+def _as_sources(value: Any) -> Any:
+    entries = value if isinstance(value, list | tuple) else [value]
+    if not entries:
+        raise ValueError("names no data")
+    for entry in entries:
+        if not isinstance(entry, str | Mapping):
+            raise ValueError(f"must be a path, or a list of paths or of {{path, weight}}, not {entry!r}")
+    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
+def _text_or_list(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and all(isinstance(item, str) and item for item in value):
+        return value
+    raise ValueError(f"must be all-linear or a list of module names, not {value!r}")
+
+
+def _off_without(value: Any, switch: str) -> Any:
+    """A section counts as absent while the key that switches it on is null."""
+    return None if isinstance(value, Mapping) and value.get(switch, ...) is None else value

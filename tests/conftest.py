@@ -1,0 +1,55 @@
+"""Options, fixtures and settings that all tests share. Nothing heavy is imported: some tests need no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch: on tiny tensors a second thread costs more than it brings, and tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A test that would reach for the hub fails at once instead of hanging or passing by luck.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--real-data",
+        metavar="DIR",
+        default=os.environ.get("DPO_REAL_DATA"),
+        help="folder with gsm8k/, preferences/ and qwen2-tokenizer/; tests on real data are skipped without it",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not _gpu_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+def _gpu_available() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def real_data(request: pytest.FixtureRequest) -> Path:
+    """The folder of real data; the test is skipped when none was named."""
+    named = request.config.getoption("--real-data")
+    if not named:
+        pytest.skip("needs real data: pytest --real-data DIR, or DPO_REAL_DATA=DIR")
+    folder = Path(named)
+    if not folder.is_dir():
+        pytest.fail(f"--real-data {folder} is not a folder")
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _store_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests neither read nor fill the user's own store."""
+    os.environ["DPO_STORE_DIR"] = str(tmp_path_factory.mktemp("store"))
