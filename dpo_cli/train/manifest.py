@@ -33,17 +33,21 @@ def problem_with(folder: Path, step: int) -> str | None:
     """What is wrong with a published checkpoint, or None: its manifest is made again and must come out the same."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        recorded = manifest["files"]
-        if manifest["format"] != _FORMAT:
-            return f"{MANIFEST} is of format {manifest['format']}, this version reads {_FORMAT}"
-        for name in recorded:
-            found = describe(folder, step, [name])["files"][name]
-            if found != recorded[name]:
+        written_format, written_step, files = manifest["format"], manifest["step"], dict(manifest["files"])
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    if written_format != _FORMAT:
+        return f"{MANIFEST} is of format {written_format}, this version reads {_FORMAT}"
+    if written_step != step or STATE not in files:
+        return f"{MANIFEST} belongs to another checkpoint"
+    for name, written in files.items():
+        try:
+            if describe(folder, step, [name])["files"][name] != written:
                 return f"{name} is not what {MANIFEST} says"
-        if manifest["step"] != step or STATE not in recorded:
-            return f"{MANIFEST} belongs to another checkpoint"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename or folder).name} is missing"
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        return f"it cannot be read: {error}"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, SafetensorError, ValueError) as error:
+            return f"{name} cannot be read: {error}"
     return None

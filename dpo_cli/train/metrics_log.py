@@ -119,7 +119,7 @@ def _drop_half_written_line(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
+        whole = end = file.seek(0, os.SEEK_END)
         while end:
             start = max(0, end - 65536)
             file.seek(start)
@@ -128,4 +128,5 @@ def _drop_half_written_line(path: Path) -> None:
                 end = start + newline + 1
                 break
             end = start
-        file.truncate(end)
+        if end < whole:
+            file.truncate(end)

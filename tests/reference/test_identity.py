@@ -63,7 +63,7 @@ def _adapter(folder: Path, *, alpha: int = 16, seed: int = 1, targets: tuple[str
     return folder
 
 
-def test_the_same_model_elsewhere_with_other_notes_in_its_config_is_the_same(identify: Identify, tmp_path: Path) -> None:
+def test_a_copy_of_the_model_with_other_notes_in_its_config_is_the_same(identify: Identify, tmp_path: Path) -> None:
     copied = shutil.copytree(tmp_path / "model", tmp_path / "copy")
     notes = {"transformers_version": "4.0", "_name_or_path": "elsewhere", "use_cache": False, "dtype": "bfloat16"}
     assert identify().key == identify(folder=copied, config=CONFIG | notes | {"attention_dropout": 0.1}).key

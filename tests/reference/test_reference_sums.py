@@ -75,7 +75,9 @@ def test_token_weights_are_applied_to_the_sums_and_never_enter_the_store(tmp_pat
     for index, row in enumerate(weighted.rows):
         entries = store.read(key_array(example_keys(row)))
         assert row.weights is not None
-        expected = [np.dot(logps, weights.astype(np.float64)) for logps, weights in zip(entries, row.weights, strict=True)]
+        expected = [
+            np.dot(logps, weights.astype(np.float64)) for logps, weights in zip(entries, row.weights, strict=True)
+        ]
         np.testing.assert_allclose(sums.of(index), expected, rtol=1e-13)
     assert sums.data != plain.data
 
@@ -122,7 +124,9 @@ def test_the_numbers_depend_on_what_is_scored_together() -> None:
     together = reference(rows)
     alone = [reference([row])[0] for row in rows]
     assert any(
-        not np.array_equal(a, b) for one, two in zip(together, alone, strict=True) for a, b in zip(one, two, strict=True)
+        not np.array_equal(a, b)
+        for one, two in zip(together, alone, strict=True)
+        for a, b in zip(one, two, strict=True)
     )
 
 
@@ -220,7 +224,9 @@ def test_log_probs_that_came_per_token_take_token_weights(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("values", "words"), [([-1, -2, -3], "3 values for 2 tokens"), ([np.nan], "not finite")])
-def test_log_probs_that_do_not_fit_their_row_are_refused_by_row(tmp_path: Path, values: list[float], words: str) -> None:
+def test_log_probs_that_do_not_fit_their_row_are_refused_by_row(
+    tmp_path: Path, values: list[float], words: str
+) -> None:
     row = Example(np.arange(3, dtype=np.int32), (np.arange(2, dtype=np.int32),), origin="d.jsonl row 8")
     with pytest.raises(StoreError, match=rf"{words}[\s\S]*d.jsonl row 8"):
         _sums(_brought(row, values), tmp_path, None)

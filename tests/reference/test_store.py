@@ -115,10 +115,15 @@ def test_a_writer_flushes_on_time_on_size_and_when_an_exception_passes(tmp_path:
     keys, logps = _entries(4)
     folder = tmp_path / "s"
     store = ReferenceStore(folder)
-    with pytest.raises(RuntimeError), store.writer(flush_seconds=3600, flush_tokens=10**9) as writer:
-        writer.add(keys[:1], logps[:1])
-        assert not list(folder.glob("*.arrow"))
-        raise RuntimeError
+
+    def fail_after_one() -> None:
+        with store.writer(flush_seconds=3600, flush_tokens=10**9) as writer:
+            writer.add(keys[:1], logps[:1])
+            assert not list(folder.glob("*.arrow"))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_after_one()
     assert len(store) == 1
     with store.writer(flush_seconds=0) as writer:
         writer.add(keys[1:2], logps[1:2])
