@@ -161,13 +161,13 @@ def packed_attention(
         if _packing.get():
             # Plain causal attention over the whole row would run without a complaint, off by several nats a token.
             raise ModelError(
-                f"{type(module).__name__} cannot be scored in packed rows: its layers do not hand the plan of the row on."
+                f"{type(module).__name__} cannot be scored in packed rows: its layers do not hand the row's plan on."
             )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     if attention_mask is not None:
-        raise ModelError(f"{type(module).__name__} builds an attention mask of its own, which packed rows cannot honour.")
+        raise ModelError(f"{type(module).__name__} builds a mask of its own, which packed rows cannot honour.")
     for unsupported in ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices"):
         if kwargs.get(unsupported) is not None:
             raise ModelError(f"{type(module).__name__} uses {unsupported}, which packed attention does not compute.")

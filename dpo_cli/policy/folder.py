@@ -27,7 +27,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def resolve_model_folder(path: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model or adapter: a folder as it stands, a packaged one, or a hub name fetched to the cache.
+    """The local folder of a model or adapter: a folder as it stands, a packaged one, or a hub name.
 
     Raises ModelError when there is no such folder and the hub cannot supply it (missing, gated, no connection).
     """

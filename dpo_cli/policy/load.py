@@ -175,7 +175,7 @@ def _load(
     if adapter_folder is not None:
         model = merge_adapter(model, adapter_folder, base_name=path)
     verify_no_noise(model, where=str(folder))
-    model = model.to(device)  # type: ignore[arg-type]
+    model = model.to(device)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

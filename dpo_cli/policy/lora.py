@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -26,7 +27,7 @@ ADAPTER_NAME = "default"
 
 
 class LoraSettings(Protocol):
-    """rank: of the update; alpha: it is scaled by alpha / rank; target_modules: "all-linear" or ends of module names."""
+    """rank: of the update, which is scaled by alpha / rank. target_modules: "all-linear" or ends of module names."""
 
     @property
     def rank(self) -> int: ...
@@ -45,7 +46,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, base_
     targets = settings.target_modules
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=settings.alpha,
         # A reference compared with a policy under dropout is a comparison with noise.
         lora_dropout=0.0,
         target_modules=targets if isinstance(targets, str) else list(targets),
@@ -54,7 +55,9 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, seed: int, base_
     )
     _refuse_head_and_embeddings(model, targets)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # peft warns of patterns it makes itself for mixtures of experts and then finds superfluous.
+        warnings.simplefilter("ignore", RuntimeWarning)
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
@@ -101,8 +104,10 @@ def merge_adapter(model: PreTrainedModel, adapter: Path, *, base_name: str) -> P
     check_safetensors_file(weights)
     check_adapter_base(adapter, base_name)
     try:
-        wrapped = PeftModel.from_pretrained(model, str(adapter), adapter_name=ADAPTER_NAME)
-        expected = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing tensors are an error below
+            wrapped = PeftModel.from_pretrained(model, str(adapter), adapter_name=ADAPTER_NAME)
+            expected = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(f"The adapter does not fit the model: {error}", where=str(adapter)) from error
     with safe_open(weights, framework="pt") as opened:
@@ -130,7 +135,7 @@ def check_adapter_base(adapter: Path, base_name: str) -> None:
         raise ModelError(
             f"The adapter was trained on {trained_on}, and model.path is {base_name}.",
             where=str(file),
-            hint=f"model.path={trained_on}; or, if the base was only renamed, edit base_model_name_or_path in that file",
+            hint=f"model.path={trained_on}; or, if it was only renamed, edit base_model_name_or_path in that file",
         )
 
 
@@ -151,19 +156,27 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     updates: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            updates[f"{name}.weight"] = module.get_delta_weight(ADAPTER_NAME)  # type: ignore[attr-defined]
+            # Experts of a mixture are one tensor for all, which peft wraps as a named parameter of their module.
+            adapted = getattr(module, "parameter_name", "weight")
+            updates[f"{_without_wrappers(name)}.{adapted}"] = module.get_delta_weight(ADAPTER_NAME)
     merged: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" in name:
             continue
-        name = name.replace(".base_layer.", ".")
-        update = updates.get(name)
-        if update is None:
-            merged[name] = tensor
-        else:
+        name = _without_wrappers(name)
+        update = updates.pop(name, None)
+        if update is not None:
             wide = torch.promote_types(tensor.dtype, torch.float32)
-            merged[name] = (tensor.to(wide) + update.to(wide)).to(tensor.dtype)
+            tensor = (tensor.to(wide) + update.to(wide)).to(tensor.dtype)
+        merged[name] = tensor
+    if updates:
+        raise RuntimeError(f"adapters without a weight to merge into: {sorted(updates)}")
     return merged
+
+
+def _without_wrappers(name: str) -> str:
+    """The name a module or weight has without the layers that peft puts around it, nested ones included."""
+    return name.replace(".base_layer", "")
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dpo_cli.batch.layout import PackedRow, PromptWithResponses, pack
 from dpo_cli.policy.attention import packing, plan_attention
@@ -22,7 +23,7 @@ class PackedModel(nn.Module):
     chunk_tokens: response tokens the head takes at a time (None: chosen by the vocabulary's size).
     """
 
-    def __init__(self, model: nn.Module, *, chunk_tokens: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, *, chunk_tokens: int | None = None) -> None:
         super().__init__()
         self.model = model
         install_scoring_head(model.get_output_embeddings(), LogitTransform.of(model.config), chunk_tokens=chunk_tokens)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from dpo_cli.errors import ModelError
 
@@ -21,6 +28,7 @@ VOCABULARY_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+_GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _PROBE = "DPO-PROBE-7319"
 
 
@@ -32,8 +40,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             where=str(folder),
             hint=f"copy its files there ({VOCABULARY_FILES[0]}, tokenizer_config.json)",
         )
+    # For some model types (Qwen2 among them) AutoTokenizer overrides a tokenizer that declares itself generic by the
+    # family's own class, which keeps the vocabulary and silently splits text otherwise.
+    loader: Any = PreTrainedTokenizerFast if _declares_itself_generic(folder) else AutoTokenizer
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
@@ -41,6 +52,18 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     if not highest_token_id(tokenizer):
         raise ModelError("The tokenizer's vocabulary is empty.", where=str(folder))
     return tokenizer
+
+
+def _declares_itself_generic(folder: Path) -> bool:
+    """Whether tokenizer.json alone is meant to say how text is split."""
+    settings = folder / "tokenizer_config.json"
+    if not (folder / "tokenizer.json").is_file() or not settings.is_file():
+        return False
+    try:
+        declared = json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # damaged, as the loader will say
+    return isinstance(declared, dict) and declared.get("tokenizer_class") in _GENERIC_CLASSES
 
 
 def highest_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -77,7 +100,7 @@ def check_same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedToke
         return
     differing = sorted((token for token in one.keys() | other.keys() if one.get(token) != other.get(token)), key=str)
     raise ModelError(
-        f"Policy and reference have different vocabularies: {len(differing):,} tokens differ, such as {differing[0]!r}.",
+        f"Policy and reference have different vocabularies: {len(differing):,} tokens differ, first {differing[0]!r}.",
         where=where,
         hint="name a reference that has the policy's tokenizer",
     )

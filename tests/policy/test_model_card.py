@@ -30,14 +30,16 @@ def header(text: str) -> dict[str, object]:
 
 def test_the_header_is_what_the_hub_reads() -> None:
     found = header(card())
-    assert found["base_model"] == "Qwen/Qwen2-0.5B" and found["library_name"] == "transformers"
+    assert found["base_model"] == "Qwen/Qwen2-0.5B"
+    assert found["library_name"] == "transformers"
     assert found["datasets"] == ["trl-lib/ultrafeedback_binarized"]
     assert "dpo" in found["tags"]  # type: ignore[operator]
 
 
 def test_a_local_base_is_stated_but_not_offered_to_the_hub() -> None:
     text = card(base="/home/me/models/base", data=["/home/me/pairs.jsonl"])
-    assert "base_model" not in header(text) and "datasets" not in header(text)
+    assert "base_model" not in header(text)
+    assert "datasets" not in header(text)
     assert "**Base**: `/home/me/models/base`" in text
 
 
@@ -54,7 +56,8 @@ def test_results_show_before_after_change_and_interval() -> None:
 
 def test_an_adapter_and_lora_are_stated() -> None:
     text = card(adapter="my-sft", lora=True, reference="the base with the adapter")
-    assert "with the adapter `my-sft` merged in" in text and "LoRA" in text
+    assert "with the adapter `my-sft` merged in" in text
+    assert "LoRA" in text
 
 
 def test_secrets_are_blotted_out_wherever_they_stand() -> None:
@@ -62,7 +65,9 @@ def test_secrets_are_blotted_out_wherever_they_stand() -> None:
         config={"hub_password": "hunter2", "note": f"use {TOKEN}", "url": "https://me:secret@host/x", "list": [TOKEN]},
         data=[f"https://me:{TOKEN}@host/pairs.jsonl"],
     )
-    assert TOKEN not in text and "hunter2" not in text and "me:secret" not in text
+    assert TOKEN not in text
+    assert "hunter2" not in text
+    assert "me:secret" not in text
 
 
 def test_masking_leaves_ordinary_values_alone() -> None:

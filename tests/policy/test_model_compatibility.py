@@ -17,12 +17,14 @@ from dpo_cli.policy.compatibility import check_config, check_model_class, check_
 def refusal(model_type: str, *, max_tokens: int | None = None, **fields: Any) -> str:
     """The first of the three checks that speaks, in the order a load runs them."""
     config = AutoConfig.for_model(model_type, **fields)
-    with pytest.raises(ModelError) as caught:
+    try:
         check_config(config, where="folder", max_tokens=max_tokens)
         check_model_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], where="folder")
         with torch.device("meta"):
             check_modules(AutoModelForCausalLM.from_config(config), where="folder")
-    return str(caught.value)
+    except ModelError as error:
+        return str(error)
+    return "nothing was refused"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_longrope_is_taken_up_to_the_length_where_it_switches(max_tokens: int | 
     """One long example would otherwise change the numbers of its neighbours in the row."""
     config = AutoConfig.for_model("phi3", **SIZES, rope_parameters=LONGROPE, original_max_position_embeddings=64)
     if refused:
-        with pytest.raises(ModelError, match="data.max_tokens=64"):
+        with pytest.raises(ModelError, match=r"data\.max_tokens=64"):
             check_config(config, where="folder", max_tokens=max_tokens)
     else:
         check_config(config, where="folder", max_tokens=max_tokens)

@@ -88,7 +88,8 @@ def test_a_name_the_hub_cannot_supply(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = fails("nobody/no-such-model")
-    assert "no folder nobody/no-such-model here" in message and "hub could not be reached" in message
+    assert "no folder nobody/no-such-model here" in message
+    assert "hub could not be reached" in message
 
 
 def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
@@ -100,7 +101,8 @@ def test_a_truncated_weight_file_is_named(tmp_path: Path, lost_bytes: int) -> No
     file = save(tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-lost_bytes])
     message = fails(tmp_path)
-    assert "cut off" in message and "model.safetensors" in message
+    assert "cut off" in message
+    assert "model.safetensors" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0{not json at all"])
@@ -140,7 +142,8 @@ def change_weights(folder: Path, change: object) -> None:
 def test_a_layer_the_files_do_not_fill_is_an_error_not_random(tmp_path: Path) -> None:
     change_weights(save(tmp_path), lambda state: state.pop("model.layers.1.mlp.up_proj.weight"))
     message = fails(tmp_path)
-    assert "would be random" in message and "model.layers.1.mlp.up_proj.weight" in message
+    assert "would be random" in message
+    assert "model.layers.1.mlp.up_proj.weight" in message
 
 
 def test_weights_the_model_has_no_place_for_are_an_error(tmp_path: Path) -> None:
@@ -186,7 +189,8 @@ def test_a_damaged_tokenizer(tmp_path: Path) -> None:
 def test_a_tokenizer_with_more_tokens_than_the_embeddings_have_rows(tmp_path: Path) -> None:
     tiny_tokenizer(size=70).save_pretrained(save(tmp_path))
     message = fails(tmp_path)
-    assert "tokens up to id 69" in message and "61 rows" in message
+    assert "tokens up to id 69" in message
+    assert "61 rows" in message
 
 
 def test_more_rows_than_tokens_is_fine(tmp_path: Path) -> None:
@@ -233,7 +237,8 @@ def test_another_model_as_the_reference_is_frozen(tmp_path: Path) -> None:
     other = save(tmp_path / "other", "llama", seed=5)
     chosen = settings(tmp_path / "policy", reference=str(other))
     reference = load_reference(chosen, load_model(chosen, device=CPU, seed=0), device=CPU)
-    assert reference is not None and reference.folder == other
+    assert reference is not None
+    assert reference.folder == other
     assert not any(parameter.requires_grad for parameter in reference.model.parameters())
 
 
@@ -253,7 +258,8 @@ def test_a_reference_without_a_tokenizer_takes_the_policy_s(tmp_path: Path) -> N
     chosen = settings(tmp_path / "policy", reference=str(tmp_path / "other"))
     policy = load_model(chosen, device=CPU, seed=0)
     reference = load_reference(chosen, policy, device=CPU)
-    assert reference is not None and reference.tokenizer is policy.tokenizer
+    assert reference is not None
+    assert reference.tokenizer is policy.tokenizer
 
 
 def test_policy_and_reference_of_the_same_folder_score_alike_to_the_bit(tmp_path: Path) -> None:

@@ -147,8 +147,10 @@ def test_reference_base_is_the_model_without_its_adapter(base: Path, adapter: Pa
     chosen = settings(base, adapter=str(adapter), reference="base")
     policy = load_model(chosen, device=CPU, seed=0)
     reference = load_reference(chosen, policy, device=CPU)
-    assert reference is not None and torch.equal(logps(reference), logps(load(base)))
-    assert reference.identity["adapter"] is None and policy.identity["adapter"] == adapter
+    assert reference is not None
+    assert torch.equal(logps(reference), logps(load(base)))
+    assert reference.identity["adapter"] is None
+    assert policy.identity["adapter"] == adapter
 
 
 def test_reference_start_is_the_model_with_its_adapter(base: Path, adapter: Path) -> None:

@@ -136,7 +136,8 @@ def test_bf16_scores_the_same_row_to_the_same_bits_with_and_without_gradients(na
     with torch.no_grad():
         reference = packed(row).logps
     policy = packed(row).logps
-    assert policy.requires_grad and policy.dtype == torch.float32
+    assert policy.requires_grad
+    assert policy.dtype == torch.float32
     assert torch.equal(policy, reference)
 
 
@@ -156,7 +157,7 @@ def test_plain_calls_of_a_packed_model_still_work_and_generate(name: str) -> Non
 @pytest.mark.parametrize("name", REFUSED_ARCHITECTURES)
 def test_layers_that_drop_the_row_s_plan_are_refused_not_scored_wrongly(name: str) -> None:
     packed = PackedModel(build(name))
-    with pytest.raises(ModelError, match="do not hand the plan of the row on"):
+    with pytest.raises(ModelError, match="do not hand the row's plan on"):
         packed(pack(examples(responses=2)))
 
 

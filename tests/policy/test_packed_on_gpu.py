@@ -80,7 +80,8 @@ def test_the_self_test_passes_on_the_gpu(name: str, dtype: torch.dtype) -> None:
 
 def test_a_model_is_loaded_onto_the_gpu_in_bf16_by_default(tmp_path: Path) -> None:
     loaded = load_model(settings(save(tmp_path), dtype="auto"), device=torch.device("cuda"), seed=0)
-    assert loaded.model.device.type == "cuda" and loaded.dtype == torch.bfloat16
+    assert loaded.model.device.type == "cuda"
+    assert loaded.dtype == torch.bfloat16
 
 
 def test_gradient_checkpointing_with_lora_trains_on_the_gpu(tmp_path: Path) -> None:
@@ -93,4 +94,5 @@ def test_gradient_checkpointing_with_lora_trains_on_the_gpu(tmp_path: Path) -> N
     loaded = load_model(chosen, device=torch.device("cuda"), seed=0)
     PackedModel(loaded.model)(pack(ROWS)).logps.sum().backward()
     moved = [p for name, p in loaded.model.named_parameters() if "lora_B" in name]
-    assert moved and all(p.grad is not None and p.grad.abs().max() > 0 for p in moved)
+    assert moved
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in moved)

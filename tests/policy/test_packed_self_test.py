@@ -38,7 +38,8 @@ def test_leaves_the_model_as_it_was() -> None:
     model = build("gemma3", dtype=torch.float32)
     before, random_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
     run(model)
-    assert model.training and model.config._attn_implementation == "packed"
+    assert model.training
+    assert model.config._attn_implementation == "packed"
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

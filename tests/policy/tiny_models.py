@@ -75,7 +75,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-sliding": ("mixtral", SIZES | {"num_local_experts": 4, "sliding_window": 5}),
     "granite": (
         "granite",
-        SIZES | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+        SIZES
+        | {"logits_scaling": 4.0, "embedding_multiplier": 3.0}
+        | {"attention_multiplier": 0.2, "residual_multiplier": 0.5},
     ),
     "cohere": ("cohere", SIZES | {"logit_scale": 0.25}),
     "cohere2": ("cohere2", SIZES | {"logit_scale": 0.25, "sliding_window": 5, "head_dim": 8}),
@@ -91,7 +93,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3": (
         "deepseek_v3",
         SIZES | {
-            "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+            "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
             "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
             "moe_intermediate_size": 24, "first_k_dense_replace": 1,
         },
@@ -124,7 +127,7 @@ def build(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Pr
 
 
 def tiny_tokenizer(*, chat: bool = False, size: int = VOCABULARY) -> PreTrainedTokenizerBase:
-    """A character-level tokenizer with `size` tokens; <|endoftext|> ends a text and, in the chat template, <|turn|> a turn."""
+    """A token for each of `size` characters; <|endoftext|> ends a text and, in the chat template, <|turn|> a turn."""
     special = ["<pad>", "<s>", "<|endoftext|>", "<|turn|>"]
     characters = [chr(ord("0") + index) for index in range(size - len(special))]
     vocabulary = {token: index for index, token in enumerate(special + characters)}
