@@ -1,0 +1,1 @@
+"""From preference data in any common form to token ids."""
