@@ -107,6 +107,16 @@ def test_a_large_model_is_written_in_shards_and_verified(tmp_path: Path, monkeyp
     assert len(list((tmp_path / "final").glob("model-*.safetensors"))) > 1
 
 
+def test_a_generation_config_that_contradicts_itself_does_not_lose_the_model(tmp_path: Path) -> None:
+    """Such files are on the hub: a temperature beside do_sample=false."""
+    base = save(tmp_path / "base")
+    generation = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    export_final(trained(base), tmp_path / "final", card="")
+    exported = json.loads((tmp_path / "final" / "generation_config.json").read_text())
+    assert {name: exported[name] for name in generation} == generation
+
+
 def test_a_folder_that_exists_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):

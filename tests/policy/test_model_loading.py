@@ -6,17 +6,19 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build, examples, save, settings, tiny_tokenizer
+from tiny_models import SIZES, build, examples, save, settings, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.batch.layout import pack
 from dpo_cli.errors import ModelError
 from dpo_cli.policy.load import choose_dtype, load_model, load_reference
 from dpo_cli.policy.packed_model import PackedModel
-from dpo_cli.policy.tokenizer import stop_token_ids
+from dpo_cli.policy.tokenizer import check_tokenizer_fits, load_tokenizer, stop_token_ids
 
 CPU = torch.device("cpu")
 
@@ -275,3 +277,12 @@ def test_policy_and_reference_of_the_same_folder_score_alike_to_the_bit(tmp_path
         theirs = PackedModel(reference.model)(row).logps
     assert torch.equal(ours, theirs)
     assert torch.nn.functional.softplus(-(ours - theirs).sum()).item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_qwen2_s_real_tokenizer_stops_on_its_turn_s_end_and_fits_the_real_embeddings(real_data: Path) -> None:
+    """151,646 tokens in 151,936 rows; <|im_end|> ends a turn and <|endoftext|> a text."""
+    tokenizer = load_tokenizer(real_data / "qwen2-tokenizer")
+    assert stop_token_ids(tokenizer, SimpleNamespace(eos_token_id=[151645, 151643])) == {151643, 151645}
+    fields = SIZES | {"vocab_size": 151_936, "hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **fields))
+    check_tokenizer_fits(tokenizer, model, where="folder")
