@@ -144,6 +144,18 @@ def test_a_response_scored_by_two_runs_at_once_has_one_value_for_everybody(tmp_p
         assert store.read(key_array([b"k" * 16, b"l" * 16])) == [-1.0, -2.0]
 
 
+def test_an_older_shard_that_becomes_visible_later_counts_as_it_would_have_from_the_start(tmp_path: Path) -> None:
+    """Clocks of machines differ, and network file systems show new files late."""
+    folder, key = tmp_path / "s", b"k" * 16
+    reader = ReferenceStore(folder)
+    hidden = write_shard(tmp_path, [key], [np.array([-1.0], np.float32)])
+    write_shard(folder, [key], [np.array([-2.0], np.float32)])
+    reader.refresh()
+    hidden.rename(folder / hidden.name)
+    reader.refresh()
+    assert reader.read(key_array([key])) == ReferenceStore(folder).read(key_array([key])) == [-1.0]
+
+
 def test_the_index_finds_200_000_responses_within_seconds_and_24_bytes_each(tmp_path: Path) -> None:
     count = 200_000
     keys = key_bytes(np.frombuffer(np.random.default_rng(0).bytes(16 * count), dtype="S16"))

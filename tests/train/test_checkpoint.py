@@ -308,12 +308,34 @@ def test_kill_minus_nine_at_any_moment_leaves_the_latest_finished_checkpoint(tmp
     assert unfinished > 10, "the kills must have hit the middle of saving"
 
 
-def test_a_replacement_that_was_killed_between_its_two_renames_is_undone(store: CheckpointStore) -> None:
+class Killed(BaseException):
+    """Stands for the process's end."""
+
+
+@pytest.mark.parametrize("survived", range(4))
+def test_a_step_saved_a_second_time_is_there_whichever_rename_the_kill_comes_before(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, survived: int
+) -> None:
     _save(store, 1)
-    folder = _save(store, 2)
-    folder.rename(folder.with_name(folder.name + ".replaced"))
+    _save(store, 2)
+    renames = 0
+    rename = Path.rename
+
+    def counted(path: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += 1
+        if renames > survived:
+            raise Killed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", counted)
+    with contextlib.suppress(Killed):
+        _save(store, 2)
+    assert renames == min(survived + 1, 3)
+    monkeypatch.undo()
     store.recover()
     assert _is_whole(store) == 2
+    assert len(list(store.folder.iterdir())) == 2
 
 
 def test_reading_a_run_that_is_being_written_disturbs_nothing(store: CheckpointStore) -> None:
