@@ -12,7 +12,7 @@ import torch
 from dpo_cli.batch.order import global_batch, steps_per_epoch
 from dpo_cli.engine.single_device import SingleDeviceEngine
 from dpo_cli.policy.packed_model import PackedModel
-from dpo_cli.train.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+from dpo_cli.train.checkpoint import Checkpoint, CheckpointStore
 from dpo_cli.train.console import RunConsole
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.metrics_log import MetricsLog
@@ -110,7 +110,7 @@ class Training:
 
     def restore(self, checkpoint: Checkpoint) -> Progress:
         """Put weights, optimiser and random state back; the position comes back as Progress."""
-        tensors, state = load_checkpoint(checkpoint)
+        tensors, state = self.checkpoints.load(checkpoint), checkpoint.state
         self.engine.load(tensors["policy"], tensors.get("optimizer", {}))
         restore_random_state(tensors["rng"])
         return Progress(

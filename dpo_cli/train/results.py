@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.atomic import write_json
 from dpo_cli.paths import resolve_path
@@ -67,6 +68,24 @@ class TaskAccuracy:
             stop_token_ids=policy.stop_token_ids,
             encode=self.encode,
         )
+
+
+def prompt_encoder(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Callable[[str], Sequence[int]]:
+    """From a problem's text to token ids, as training saw its prompts: as a user's message, or as plain text."""
+
+    def as_message(prompt: str) -> Sequence[int]:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        ids: list[int] = tokenizer(str(text), add_special_tokens=False).input_ids
+        return ids
+
+    def as_it_stands(prompt: str) -> Sequence[int]:
+        ids: list[int] = tokenizer(prompt).input_ids
+        # Encoder-style tokenizers close what they encode; a prompt must stay open.
+        return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+    return as_message if chat else as_it_stands
 
 
 def describe_difference(difference: Difference, problems: int) -> str:

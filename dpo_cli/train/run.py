@@ -21,7 +21,7 @@ from dpo_cli.config.schema import AdamWConfig, Config, OptimizerConfig
 from dpo_cli.data.example import Examples
 from dpo_cli.data.prepare import PreparedData, prepare_data
 from dpo_cli.engine.single_device import OptimizerSettings, SingleDeviceEngine
-from dpo_cli.errors import CheckpointError, ConfigError, StoreError
+from dpo_cli.errors import CheckpointError, ConfigError, Interrupted, StoreError
 from dpo_cli.policy.export import export_final
 from dpo_cli.policy.folder import resolve_model_folder
 from dpo_cli.policy.load import LoadedModel, load_model, load_reference
@@ -38,7 +38,7 @@ from dpo_cli.train.loop import LoopSettings, Progress, Training
 from dpo_cli.train.metrics_log import MetricsLog
 from dpo_cli.train.objective import Objective
 from dpo_cli.train.reference_pass import ReferencePass, release_memory
-from dpo_cli.train.results import TaskAccuracy, formula_of, held_out_results
+from dpo_cli.train.results import TaskAccuracy, formula_of, held_out_results, prompt_encoder
 from dpo_cli.train.schedule import learning_rate
 from dpo_cli.train.step import PreferenceData, starting_loss
 from dpo_cli.train.stop import StopRequest
@@ -57,7 +57,11 @@ def run_training(config: Config, *, run_dir: Path, console: RunConsole | None = 
     """
     run = _Run(config, run_dir, console or RunConsole(), StopRequest())
     with run.stop.listening():
-        run.execute()
+        try:
+            run.execute()
+        except Interrupted as stopped:
+            stopped.hint = f"dpo-train resume={run_dir}"
+            raise
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class _Run:
         packed = PackedModel(policy.model)
         tested = packed_self_test(packed, vocabulary=len(policy.tokenizer), where=str(policy.folder))
         say(
-            f"model: {config.model.path}, {_millions(policy.model)} parameters in {policy.dtype_name}; packed and plain "
+            f"model: {config.model.path}, {_parameter_count(policy.model)} parameters in {policy.dtype_name}; packed and plain "
             f"forward agree to {tested.largest_difference:.0e} nats a token"
         )
         self._check_unchanged(data, policy, device)
@@ -179,7 +183,10 @@ class _Run:
 
     def _task_accuracy(self, data: PreparedData, policy: LoadedModel) -> TaskAccuracy | None:
         settings = self.config.data.exact_match
-        return None if settings is None else TaskAccuracy.of(settings, data.encode_prompt, self.run_dir)
+        if settings is None:
+            return None
+        encode = prompt_encoder(policy.tokenizer, chat=any(source.chat_examples for source in data.report.train.sources))
+        return TaskAccuracy.of(settings, encode, self.run_dir)
 
     def _assemble(
         self,
@@ -312,9 +319,12 @@ def _unless_none(examples: Examples | None, sums: ReferenceSums | None) -> Prefe
     return None if examples is None else PreferenceData(examples, sums)
 
 
-def _millions(model: torch.nn.Module) -> str:
+def _parameter_count(model: torch.nn.Module) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{count / 1e6:,.1f} million" if count < 1e9 else f"{count / 1e9:,.2f} billion"
+    for size, name in ((1e9, "billion"), (1e6, "million")):
+        if count >= size:
+            return f"{count / size:.2f} {name}"
+    return f"{count:,}"
 
 
 def _duration(seconds: float) -> str:
