@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -50,6 +51,12 @@ def check_free(folder: Path) -> None:
         if (folder / SWEEP_FILE).exists():
             raise ConfigError(f"{folder} holds a sweep already.", where="run_dir", hint=f"dpo-train resume={folder}/0")
         raise ConfigError(f"{folder} is not empty.", where="run_dir", hint="run_dir=ANOTHER, or leave run_dir out")
+
+
+def unused_name(folder: str) -> str:
+    """The folder's name, or the first numbered one that is free: several runs may start in one second."""
+    numbered = (folder if count == 1 else f"{folder}_{count}" for count in itertools.count(1))
+    return next(name for name in numbered if not Path(name).exists())
 
 
 def create_run_folder(config: Config, request: Request) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dpo_cli.cli.run_folder import check_free, create_run_folder, create_sweep_folder
+from dpo_cli.cli.run_folder import check_free, create_run_folder, create_sweep_folder, unused_name
 from dpo_cli.config.check import check
 from dpo_cli.config.compose.composition import Composition, Request, compose
 from dpo_cli.config.compose.overrides import expand_sweep, parse_overrides
@@ -69,7 +69,7 @@ def _checked(request: Request, jobs: Sequence[list[str]]) -> tuple[Path, list[Co
 
 def _parent_folder(composition: Composition) -> Path:
     named = str(composition.values.get("run_dir", ""))
-    return Path(f"{named}_sweep" if is_shipped(composition.place("run_dir") or "") else named)
+    return Path(unused_name(f"{named}_sweep") if is_shipped(composition.place("run_dir") or "") else named)
 
 
 def _problems_of(composition: Composition) -> list[DpoError]:

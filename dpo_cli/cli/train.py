@@ -6,7 +6,6 @@ Nothing heavy is imported before the configuration is right.
 from __future__ import annotations
 
 import errno
-import itertools
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -70,7 +69,7 @@ def _dispatch(arguments: Arguments) -> None:
 
 
 def _start(arguments: Arguments) -> None:
-    from dpo_cli.cli.run_folder import check_free, create_run_folder
+    from dpo_cli.cli.run_folder import check_free, create_run_folder, unused_name
     from dpo_cli.config.check import check
     from dpo_cli.config.compose.composition import compose
     from dpo_cli.config.shipped import is_shipped
@@ -96,7 +95,7 @@ def _start(arguments: Arguments) -> None:
         _show(config)
         return
     if unnamed:
-        config = config.model_copy(update={"run_dir": _unused(config.run_dir)})
+        config = config.model_copy(update={"run_dir": unused_name(config.run_dir)})
     create_run_folder(config, request)
     _train(config)
 
@@ -167,12 +166,6 @@ def _request(arguments: Arguments) -> Request:
     # A user's own loss lies where dpo-train is started.
     import_path_includes(Path.cwd())
     return Request(arguments.overrides, arguments.config_dir, arguments.config_name or "config")
-
-
-def _unused(run_dir: str) -> str:
-    """The folder's name, or the first numbered one that is free: several runs may start in one second."""
-    numbered = (run_dir if count == 1 else f"{run_dir}_{count}" for count in itertools.count(1))
-    return next(name for name in numbered if not Path(name).exists())
 
 
 def _report(error: DpoError) -> str:

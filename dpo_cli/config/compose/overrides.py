@@ -71,11 +71,12 @@ def _parse(word: str, parser: OverridesParser) -> Override:
         )
     try:
         return parser.parse_override(word)
-    except HydraException as error:
+    except HydraException:
+        # The parser's own words speak of tokens and alternatives.
         raise ConfigError(
-            f"{mask(word)!r} cannot be read: {_first_line(error)}",
+            f"{mask(word)!r} cannot be read: a bracket, brace, comma or quote in it lacks its fellow or its quotes.",
             where="command line",
-            hint=f"quote the value for the shell and for the reader: '{key}=\"...\"'",
+            hint=f"quote text twice, for the shell and for the reader: '{key}=\"...\"'",
         ) from None
 
 
@@ -122,7 +123,3 @@ def _sweep_problem(override: Override, sweep: bool) -> ConfigError | None:
 def _without_dashes(word: str) -> str:
     bare = word.lstrip("-").replace("-", "_")
     return f"{bare} (keys have no dashes)" if "=" in bare else "dpo-train --help lists the options"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].lower()
