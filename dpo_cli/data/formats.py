@@ -90,11 +90,10 @@ def rename_columns(row: RawColumns, columns: Sequence[tuple[str, str]]) -> RawCo
     """The row under canonical names. columns: (canonical, the file's own) pairs."""
     if not columns:
         return row
-    own_names = {own for _, own in columns}
-    renamed = {name: value for name, value in row.items() if name not in own_names}
+    renamed = dict(row)  # under their own names too, for the prompt template
     for canonical, own in columns:
         if own not in row:
-            raise BadRow("missing_field", f"'{own}' is missing", own)
+            raise BadRow("missing_field", f"'{own}' is missing; the row has {', '.join(map(str, row))}", own)
         renamed[canonical] = row[own]
     return renamed
 

@@ -255,7 +255,7 @@ def open_folder(folder: Path, *, split: str, subset: str | None) -> DatasetReade
 
     saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
     try:
-        loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder), subset)
+        loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder), **_part(subset))
     except Exception as error:  # the library raises anything from OSError to its own builders' errors
         raise DataError(
             f"The data folder cannot be read: {_last_line(error)}",
@@ -284,7 +284,7 @@ def open_hub(name: str, *, split: str, subset: str | None) -> DatasetReader:
 
     location = f"{name}[{split}]" if subset is None else f"{name}/{subset}[{split}]"
     try:
-        dataset = datasets.load_dataset(name, subset, split=split)
+        dataset = datasets.load_dataset(name, split=split, **_part(subset))
     except Exception as error:  # connection, authorisation, unknown names and splits all have trees of their own
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
         raise DataError(
@@ -296,6 +296,13 @@ def open_hub(name: str, *, split: str, subset: str | None) -> DatasetReader:
         ) from error
     identity = f"hub:{location}:{dataset._fingerprint}"
     return DatasetReader(dataset, location=location, files=(), identity=identity, has_splits=True)
+
+
+def _part(subset: str | None) -> dict[str, str]:
+    """How load_dataset is told of a part: a configuration by its name, a folder inside the data set by its path."""
+    if subset is None:
+        return {}
+    return {"data_dir": subset} if "/" in subset else {"name": subset}
 
 
 def _last_line(error: Exception) -> str:

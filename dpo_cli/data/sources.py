@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import glob
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,10 +79,11 @@ def _open(item: Any, *, split: str, subset: str | None, where: str) -> list[Sour
     label = None if isinstance(item, str) else _attribute(item, "name")
     resolved = resolve_path(path)
     if any(mark in resolved for mark in "*?[") and not Path(resolved).exists():
-        files = sorted(glob.glob(resolved))
+        pattern = Path(resolved).expanduser()
+        files = sorted(Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor))))
         if not files:
             raise DataError(f"No file matches {path}.", where=where)
-        return [Source(Path(each).name, _reader(Path(each)), weight) for each in files]
+        return [Source(each.name, _reader(each), weight) for each in files]
     local = Path(resolved).expanduser()
     reader: RowReader
     if local.is_dir():
