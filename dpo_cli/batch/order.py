@@ -24,3 +24,10 @@ def global_batch(step: int, *, seed: int, examples: int, global_pairs: int) -> N
     """Indices of the examples that step `step` (counted from 0) trains on."""
     epoch, position = divmod(step, steps_per_epoch(examples, global_pairs))
     return epoch_order(seed, epoch, examples)[position * global_pairs : (position + 1) * global_pairs]
+
+
+def examples_shown(steps: int, *, seed: int, examples: int, global_pairs: int) -> NDArray[np.int64]:
+    """Ascending indices of the examples that a run of so many steps trains on at least once."""
+    if steps >= steps_per_epoch(examples, global_pairs):
+        return np.arange(examples)
+    return np.sort(epoch_order(seed, 0, examples)[: steps * global_pairs])

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpo_cli.atomic import sync_file, sync_folder, temporary_beside
+from dpo_cli.atomic import sync_file, sync_folder, temporary_beside, write_json
 from dpo_cli.errors import CheckpointError
 from dpo_cli.policy.folder import check_safetensors_file, weight_files
 from dpo_cli.policy.load import LoadedModel, quiet_loading
@@ -24,9 +25,12 @@ from dpo_cli.policy.lora import adapter_state_dict, merged_state_dict
 ADAPTER_FOLDER = "adapter"
 
 
-def export_final(loaded: LoadedModel, folder: Path, *, card: str) -> None:
+def export_final(
+    loaded: LoadedModel, folder: Path, *, card: str, notes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> None:
     """Write weights, config, tokenizer, generation config and model card to `folder`, which must not exist yet.
 
+    notes: further JSON files to lay beside them, by name.
     LoRA is merged, and the adapter alone lies in `folder`/adapter. Weights keep the dtype they were trained in.
     Everything is written under a temporary name, read back and compared, synced, and only then renamed.
     Raises CheckpointError when the folder exists, cannot be written, or does not read back as it was.
@@ -37,6 +41,8 @@ def export_final(loaded: LoadedModel, folder: Path, *, card: str) -> None:
     try:
         temporary.mkdir(parents=True)
         _write(loaded, temporary, card)
+        for name, note in notes.items():
+            write_json(temporary / name, dict(note))
         _verify(loaded, temporary)
         _sync(temporary)
         temporary.rename(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,17 @@ class ReferenceSums:
         for array in (self.indices, self.offsets, self.values):
             whole.update(np.ascontiguousarray(array).tobytes())
         return whole.hexdigest()
+
+    def covers(self, indices: NDArray[np.int64]) -> bool:
+        return bool(np.isin(indices, self.indices).all())
+
+    def with_values_of(self, earlier: ReferenceSums) -> ReferenceSums:
+        """The same examples, those that `earlier` has with its very bits; `earlier` has no others."""
+        values = self.values.copy()
+        for index in earlier.indices.tolist():
+            place = int(np.searchsorted(self.indices, index))
+            values[self.offsets[place] : self.offsets[place + 1]] = earlier.of(index)
+        return replace(self, values=values)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all. Raises CheckpointError when the disk refuses."""

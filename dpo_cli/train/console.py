@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 # Shown in this order when a metric is there; the rest is in metrics.jsonl.
@@ -25,7 +25,11 @@ _SHOWN = {
 
 def summary(metrics: Mapping[str, float], names: tuple[str, ...] = tuple(_SHOWN)) -> str:
     """The metrics worth a line, in one line."""
-    parts = ((label, layout.format(metrics[name])) for name, (label, layout) in _SHOWN.items() if name in names and name in metrics)
+    parts = (
+        (label, layout.format(metrics[name]))
+        for name, (label, layout) in _SHOWN.items()
+        if name in names and name in metrics
+    )
     return "  ".join(f"{label} {value}" for label, value in parts)
 
 
@@ -35,7 +39,7 @@ class RunConsole:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
-        self._task: int | None = None
+        self._task: TaskID | None = None
 
     def say(self, text: str) -> None:
         """A plain line, with no markup read into it."""
@@ -68,8 +72,9 @@ class RunConsole:
 
     def advance(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
         if self._progress is not None and self._task is not None:
-            shown = {} if metrics is None else {"metrics": summary(metrics, _ON_THE_BAR)}
-            self._progress.update(self._task, completed=done, **shown)
+            self._progress.update(self._task, completed=done)
+            if metrics is not None:
+                self._progress.update(self._task, metrics=summary(metrics, _ON_THE_BAR))
         elif self._progress is None and not self._console.is_terminal:
             self._plain.advance(done)
 

@@ -40,28 +40,33 @@ class ReferencePass:
     console: RunConsole
     stop: StopRequest
 
-    def sums(self, examples: Examples, split: str) -> ReferenceSums:
-        """Reference sums of one split, kept in the run folder so that a resumed run uses the same bits.
+    def sums(self, examples: Examples, split: str, indices: NDArray[np.int64]) -> ReferenceSums:
+        """Reference sums of the examples that the run will see, ascending `indices` of one split.
 
+        They are kept in the run folder, so that a resumed run uses the same bits.
         Raises StoreError when rows scored again disagree, CheckpointError when the data changed since the run began,
         Interrupted when asked to stop while scoring.
         """
-        kept = self.run_dir / f"reference_{split}.safetensors"
+        file = self.run_dir / f"reference_{split}.safetensors"
         identity = model_identity(**self.reference.identity, cache_dir=self.store_dir / "hashes")
         store = open_store(self.store_dir, identity)
-        if kept.exists():
-            sums = ReferenceSums.load(kept)
-            if sums.data != data_digest(examples, np.arange(len(examples))):
-                raise CheckpointError(
-                    f"The {split} data are not those this run began with.",
-                    where=str(kept),
-                    hint="put the data back as they were, or start a new run",
-                )
+        kept = ReferenceSums.load(file) if file.exists() else None
+        if kept is not None and kept.data != data_digest(examples, kept.indices):
+            raise CheckpointError(
+                f"The {split} data are not those this run began with.",
+                where=str(file),
+                hint="put the data back as they were, or start a new run",
+            )
+        if kept is not None and kept.covers(indices):
+            sums = kept
             self.console.say(f"reference: {len(sums.values):,} {split} responses kept by this run")
         else:
             with self.stop.deferred():
-                sums = self._score(examples, split, store)
-            sums.save(kept)
+                sums = self._score(
+                    examples, split, indices if kept is None else np.union1d(indices, kept.indices), store
+                )
+            sums = sums if kept is None else sums.with_values_of(kept)
+            sums.save(file)
         checked = spot_check(
             examples,
             sums,
@@ -74,7 +79,9 @@ class ReferencePass:
         self.console.say(checked.line)
         return sums
 
-    def _score(self, examples: Examples, split: str, store: ReferenceStore) -> ReferenceSums:
+    def _score(
+        self, examples: Examples, split: str, indices: NDArray[np.int64], store: ReferenceStore
+    ) -> ReferenceSums:
         with ExitStack() as display:
 
             def progress(done: int, total: int) -> None:
@@ -87,6 +94,7 @@ class ReferencePass:
             display_open: list[bool] = []
             return reference_sums(
                 examples,
+                indices=indices,
                 make_score=lambda: self._score_together,
                 store=store,
                 tokens_per_batch=self.tokens_per_batch,

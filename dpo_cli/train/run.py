@@ -8,15 +8,16 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import dpo_cli
 from dpo_cli.atomic import write_json
-from dpo_cli.batch.order import global_batch, steps_per_epoch
+from dpo_cli.batch.order import examples_shown, global_batch, steps_per_epoch
 from dpo_cli.config.schema import AdamWConfig, Config, OptimizerConfig
 from dpo_cli.data.example import Examples
 from dpo_cli.data.prepare import PreparedData, prepare_data
@@ -46,6 +47,7 @@ from dpo_cli.train.trackers import Trackers
 
 MANIFEST = "run.json"
 FINAL = "final"
+COMPLETED = "dpo_run.json"
 # How far the first loss may be from that of a policy equal to its reference: rounding, scaled by the margins' spread.
 _START_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
@@ -73,7 +75,7 @@ class _Run:
 
     def execute(self) -> None:
         config, say = self.config, self.console.say
-        if (self.run_dir / FINAL).exists():
+        if self._complete():
             say(f"This run is complete: {self.run_dir / FINAL}")
             return
         began = time.monotonic()
@@ -103,8 +105,27 @@ class _Run:
         training.run(progress)
         difference = None if accuracy is None else accuracy.after(policy, self.console)
         card = self._card(policy, objective, difference)
-        export_final(policy, self.run_dir / FINAL, card=card)
+        self._export(policy, card, progress.step)
         say(f"done in {_duration(time.monotonic() - began)}: {self.run_dir / FINAL}")
+
+    @property
+    def _length(self) -> dict[str, float | None]:
+        return {"epochs": self.config.epochs, "max_steps": self.config.max_steps}
+
+    def _complete(self) -> bool:
+        """Whether the final model is there, of a training as long as is asked for now."""
+        if not (self.run_dir / FINAL).exists():
+            return False
+        completed = json.loads((self.run_dir / FINAL / COMPLETED).read_text())
+        return bool(completed["length"] == self._length)
+
+    def _export(self, policy: LoadedModel, card: str, step: int) -> None:
+        final = self.run_dir / FINAL
+        if final.exists():
+            # A run that was prolonged keeps the model it had before.
+            earlier = json.loads((final / COMPLETED).read_text())["step"]
+            final.rename(self.run_dir / f"{FINAL}-step-{earlier:08d}")
+        export_final(policy, final, card=card, notes={COMPLETED: {"step": step, "length": self._length}})
 
     def _prepare_data(self, objective: Objective) -> PreparedData:
         model = self.config.model
@@ -130,7 +151,8 @@ class _Run:
     def _check_unchanged(self, data: PreparedData, policy: LoadedModel, device: torch.device) -> None:
         """Note what the run's numbers depend on; on resuming, compare."""
         identity = model_identity(**policy.identity, cache_dir=self._store_dir / "hashes")
-        here = {"data": data.digest, "model": identity.key, "environment": environment(device)}
+        around = environment(device)
+        here = {"data": data.digest, "model": identity.key, "environment": around}
         file = self.run_dir / MANIFEST
         if not file.exists():
             write_json(file, here)
@@ -141,22 +163,18 @@ class _Run:
                 raise CheckpointError(
                     f"The {part} is not what this run began with.", where=str(file), hint=f"{hint}, or start a new run"
                 )
-        changed = {
-            name: (old, here["environment"].get(name))
-            for name, old in began["environment"].items()
-            if here["environment"].get(name) != old
-        }
-        for name, (old, new) in changed.items():
-            self.console.say(f"note: {name} was {old} and is {new} now; the last bits of the results may differ")
+        for name, old in began["environment"].items():
+            if around.get(name) != old:
+                self.console.say(
+                    f"note: {name} was {old} and is {around.get(name)} now; the last bits of the results may differ"
+                )
 
     def _with_references(
         self, data: PreparedData, policy: LoadedModel, packed: PackedModel, objective: Objective, device: torch.device
     ) -> tuple[PreferenceData, PreferenceData | None]:
         if not objective.declaration.needs_reference:
             return PreferenceData(data.train, None), _unless_none(data.eval, None)
-        reference = load_reference(
-            self.config.model, policy, device=device, max_tokens=self.config.data.max_tokens
-        )
+        reference = load_reference(self.config.model, policy, device=device, max_tokens=self.config.data.max_tokens)
         self.console.say(f"reference model: {self._reference_name()}")
         scoring = ReferencePass(
             reference=reference or policy,
@@ -168,8 +186,15 @@ class _Run:
             console=self.console,
             stop=self.stop,
         )
-        train = scoring.sums(data.train, "train")
-        held_out = None if data.eval is None else scoring.sums(data.eval, "eval")
+        config = self.config
+        shown = examples_shown(
+            total_steps(config, len(data.train)),
+            seed=config.seed,
+            examples=len(data.train),
+            global_pairs=config.global_pairs,
+        )
+        train = scoring.sums(data.train, "train", shown)
+        held_out = None if data.eval is None else scoring.sums(data.eval, "eval", np.arange(len(data.eval)))
         del scoring, reference
         release_memory()
         return PreferenceData(data.train, train), _unless_none(data.eval, held_out)
@@ -185,7 +210,9 @@ class _Run:
         settings = self.config.data.exact_match
         if settings is None:
             return None
-        encode = prompt_encoder(policy.tokenizer, chat=any(source.chat_examples for source in data.report.train.sources))
+        encode = prompt_encoder(
+            policy.tokenizer, chat=any(source.chat_examples for source in data.report.train.sources)
+        )
         return TaskAccuracy.of(settings, encode, self.run_dir)
 
     def _assemble(
@@ -292,7 +319,9 @@ def build_loss(config: Config) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"The loss cannot be imported: {error}.", where=f"loss._target_={config.loss.target}") from error
+        raise ConfigError(
+            f"The loss cannot be imported: {error}.", where=f"loss._target_={config.loss.target}"
+        ) from error
     return functools.partial(function, **config.loss.parameters)
 
 
@@ -304,15 +333,15 @@ def total_steps(config: Config, examples: int) -> int:
 
 
 def optimizer_settings(optimizer: OptimizerConfig) -> OptimizerSettings:
-    common = {
-        "name": optimizer.name,
-        "weight_decay": optimizer.weight_decay,
-        "max_grad_norm": optimizer.max_grad_norm,
-        "eps": optimizer.eps,
-    }
+    common = OptimizerSettings(
+        name=optimizer.name,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        eps=optimizer.eps,
+    )
     if isinstance(optimizer, AdamWConfig):
-        return OptimizerSettings(**common, betas=optimizer.betas)
-    return OptimizerSettings(**common, alpha=optimizer.alpha, momentum=optimizer.momentum)
+        return replace(common, betas=optimizer.betas)
+    return replace(common, alpha=optimizer.alpha, momentum=optimizer.momentum)
 
 
 def _unless_none(examples: Examples | None, sums: ReferenceSums | None) -> PreferenceData | None:

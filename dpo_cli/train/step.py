@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_cli.batch.layout import PackedRow, pack, sum_by_response, tokens_by_response
@@ -15,11 +16,12 @@ from dpo_cli.data.example import Example, Examples
 from dpo_cli.engine.single_device import SingleDeviceEngine
 from dpo_cli.errors import NonFiniteError
 from dpo_cli.policy.head import TokenScores
-from dpo_cli.reference.score import ReferenceSums
+from dpo_cli.reference.sums import ReferenceSums
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.objective import Objective, ResponseLogps
 
 Scorer = Callable[[PackedRow], TokenScores]
+Indices = Sequence[int] | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class PreferenceData:
     examples: Examples
     reference: ReferenceSums | None
 
-    def microbatches(self, indices: Sequence[int], *, tokens_per_microbatch: int) -> list[MicroBatch]:
+    def microbatches(self, indices: Indices, *, tokens_per_microbatch: int) -> list[MicroBatch]:
         """Cut these examples into micro-batches that fit the token budget."""
         plan = microbatches([int(self.examples.sizes[i]) for i in indices], tokens_per_microbatch=tokens_per_microbatch)
         return [
@@ -190,7 +192,12 @@ def evaluate(
 
 @torch.no_grad()
 def starting_loss(
-    data: PreferenceData, score: Scorer, objective: Objective, indices: Sequence[int], *, tokens_per_microbatch: int,
+    data: PreferenceData,
+    score: Scorer,
+    objective: Objective,
+    indices: Indices,
+    *,
+    tokens_per_microbatch: int,
     device: torch.device,
 ) -> tuple[float, float]:
     """The loss of some examples as the policy stands, and what it would be if the policy equalled its reference."""

@@ -13,9 +13,7 @@ from dpo_cli.data.example import Example
 
 ids = st.lists(st.integers(0, 99), min_size=1, max_size=6).map(lambda values: np.array(values, np.int32))
 examples = st.lists(
-    st.builds(
-        Example, prompt=ids, responses=st.lists(ids, min_size=1, max_size=4).map(tuple), weights=st.none()
-    ),
+    st.builds(Example, prompt=ids, responses=st.lists(ids, min_size=1, max_size=4).map(tuple), weights=st.none()),
     min_size=1,
     max_size=5,
 )

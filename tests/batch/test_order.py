@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli.batch.order import global_batch, steps_per_epoch
+from dpo_cli.batch.order import examples_shown, global_batch, steps_per_epoch
 from dpo_cli.batch.plan import microbatches
 
 
@@ -31,6 +31,13 @@ def test_epochs_and_seeds_differ_and_repeat_themselves() -> None:
 
 def test_the_order_is_pinned_so_that_old_runs_can_be_resumed() -> None:
     assert global_batch(0, seed=7, examples=10, global_pairs=5).tolist() == [6, 3, 9, 1, 2]
+
+
+@given(st.integers(1, 100), st.integers(1, 20), st.integers(1, 12))
+def test_the_examples_shown_are_those_of_the_steps(examples: int, global_pairs: int, steps: int) -> None:
+    sizes = {"seed": 3, "examples": examples, "global_pairs": global_pairs}
+    seen = {int(index) for step in range(steps) for index in global_batch(step, **sizes)}
+    assert examples_shown(steps, **sizes).tolist() == sorted(seen)
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(50, 1000))

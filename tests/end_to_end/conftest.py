@@ -50,7 +50,13 @@ def echo_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
     for _ in range(count):
         words = rng.sample(WORDS, rng.randint(2, 5))
         made_up = [rng.choice(WORDS) for _ in range(rng.randint(2, 5))]
-        rows.append({"prompt": f"echo : {' '.join(words)}", "chosen": f" {' '.join(words)}", "rejected": f" {' '.join(made_up)} w0"})
+        rows.append(
+            {
+                "prompt": f"echo : {' '.join(words)}",
+                "chosen": f" {' '.join(words)}",
+                "rejected": f" {' '.join(made_up)} w0",
+            }
+        )
     return rows
 
 

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+import torch
 
 from .conftest import Workplace, assert_same_weights, echo_pairs, write_jsonl
 
@@ -114,6 +115,19 @@ def test_a_complete_run_says_so_when_resumed(workplace: Workplace) -> None:
     again = workplace.call("resume=run")
     assert again.returncode == 0
     assert "complete" in again.stdout
+
+
+def test_a_constant_schedule_can_be_prolonged_and_equals_a_longer_run(workplace: Workplace) -> None:
+    """The longer run sees rows whose references the shorter one never needed."""
+    constant = ["optimizer.schedule=constant", "eval_every=0", "save_every=0"]
+    assert workplace.train(*constant, "max_steps=9", "run_dir=long").returncode == 0
+    assert workplace.train(*constant, "max_steps=3", "run_dir=short").returncode == 0
+    done = workplace.call("resume=short", "max_steps=9")
+    assert done.returncode == 0, done.stderr
+    long, short = workplace.final_weights("long"), workplace.final_weights("short")
+    for name, tensor in long.items():
+        torch.testing.assert_close(short[name], tensor, rtol=1e-4, atol=1e-5)
+    assert (workplace.folder / "short" / "final-step-00000003" / "model.safetensors").exists()
 
 
 def test_what_does_not_change_the_experiment_may_change_on_resuming(workplace: Workplace) -> None:

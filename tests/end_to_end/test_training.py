@@ -110,11 +110,17 @@ def test_a_sweep_scores_the_reference_once_and_numbers_its_jobs(workplace: Workp
 
 
 def test_added_rows_are_the_only_ones_scored(workplace: Workplace) -> None:
-    assert workplace.train("run_dir=first", "max_steps=1").returncode == 0
+    assert workplace.train("run_dir=first").returncode == 0
     write_jsonl(workplace.folder / "pairs.jsonl", [*echo_pairs(96), *echo_pairs(5, seed=9)])
-    done = workplace.train("run_dir=second", "max_steps=1")
+    done = workplace.train("run_dir=second")
     assert done.returncode == 0, done.stderr
     assert "202 responses, 192 kept from an earlier run, 10 to score" in done.stdout
+
+
+def test_a_short_run_scores_only_the_rows_it_will_see(workplace: Workplace) -> None:
+    done = workplace.train("run_dir=run", "max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "reference: 64 responses, 0 kept from an earlier run, 64 to score" in done.stdout
 
 
 def test_a_warm_and_a_cold_store_give_the_same_run(workplace: Workplace) -> None:
@@ -167,7 +173,7 @@ def test_the_token_budget_changes_nothing_but_memory(workplace: Workplace) -> No
 
 
 def test_log_probs_that_came_with_the_data_are_used_and_checked(workplace: Workplace) -> None:
-    assert workplace.train("run_dir=scored", "max_steps=1").returncode == 0
+    assert workplace.train("run_dir=scored", "max_steps=6").returncode == 0
     from dpo_cli.reference.sums import ReferenceSums
 
     def with_columns(name: str, rows: list[dict[str, str]], shift: float) -> None:
@@ -181,14 +187,14 @@ def test_log_probs_that_came_with_the_data_are_used_and_checked(workplace: Workp
     files = ["data.train=train.jsonl", "data.eval=eval.jsonl"]
     with_columns("train", echo_pairs(96), 0.0)
     with_columns("eval", echo_pairs(32, seed=1), 0.0)
-    done = workplace.train(*files, "run_dir=brought", "max_steps=1")
+    done = workplace.train(*files, "run_dir=brought", "max_steps=6")
     assert done.returncode == 0, done.stderr
     assert "192 came with the data" in done.stdout
     for name, tensor in workplace.final_weights("scored").items():
         torch.testing.assert_close(workplace.final_weights("brought")[name], tensor, rtol=1e-4, atol=1e-5)
 
-    with_columns("train", echo_pairs(96), 15.0)
-    wrong = workplace.train(*files, "run_dir=wrong", "max_steps=1")
+    with_columns("train", echo_pairs(96), -15.0)
+    wrong = workplace.train(*files, "run_dir=wrong")
     assert wrong.returncode == 2
     assert "do not agree" in wrong.stderr
     assert "train.jsonl" in wrong.stderr
@@ -196,7 +202,8 @@ def test_log_probs_that_came_with_the_data_are_used_and_checked(workplace: Workp
 
 def test_exact_match_is_measured_before_and_after_on_the_same_problems(workplace: Workplace) -> None:
     write_jsonl(workplace.folder / "problems.jsonl", [{"prompt": f"echo : w{n}", "answer": str(n)} for n in range(8)])
-    done = workplace.train("data.exact_match.problems=problems.jsonl", "data.exact_match.max_new_tokens=4", "run_dir=run")
+    exact_match = ["data.exact_match.problems=problems.jsonl", "data.exact_match.max_new_tokens=4"]
+    done = workplace.train(*exact_match, "run_dir=run")
     assert done.returncode == 0, done.stderr
     assert "exact match on 8 held-out problems" in done.stdout
     kept = json.loads((workplace.folder / "run" / "exact_match.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -39,4 +40,4 @@ def test_it_is_never_negative_above_the_peak_or_rising_after_warmup(schedule, wa
     ]
     assert all(0 <= rate <= 1 + 1e-12 for rate in rates)
     after = rates[warmup:]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))
