@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_cli.cli.arguments import Arguments, parse_arguments
-from dpo_cli.config.secrets import mask
+from dpo_cli.config.secrets import mask_tokens
 from dpo_cli.errors import EXIT_BAD_INPUT, ConfigError, DpoError
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _report(error: DpoError) -> str:
     if len(problems) > 1:
         lines.insert(0, f"{len(problems)} problems:")
     lines += getattr(error, "__notes__", [])
-    return mask("dpo-train: " + "\n".join(lines))
+    return mask_tokens("dpo-train: " + "\n".join(lines))
 
 
 def _report_bug() -> int:

@@ -96,7 +96,11 @@ def _check_values(composition: Composition) -> tuple[Config | None, list[DpoErro
         problems += found
 
     valid = {key: value for key, value in flat.items() if not any(_under(key, bad) for bad in faulty)}
-    valid |= {section: values["data"][leaf] for section, leaf in _list_keys(values) if section not in faulty}
+    # A single {path: ...} counts as one value, not as a section.
+    data = values.get("data")
+    for leaf in ("train", "eval"):
+        if isinstance(data, Mapping) and leaf in data and f"data.{leaf}" not in faulty:
+            valid[f"data.{leaf}"] = data[leaf]
     valid |= {f"choice.{group}": choice for group, choice in composition.choices.items()}
     checks = list(CHECKS)
     place = composition.place("data.eval_fraction")
@@ -116,12 +120,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{key}.")
         else:
             yield key, value
-
-
-def _list_keys(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """data.train and data.eval, which a single {path: ...} would otherwise take apart."""
-    data = values.get("data")
-    return [(f"data.{leaf}", leaf) for leaf in ("train", "eval") if isinstance(data, Mapping) and leaf in data]
 
 
 def _under(key: str, section: str) -> bool:

@@ -12,15 +12,19 @@ _SECRET_KEY = re.compile(r"(?:^|[._])(?:api_?key|password|secret|hf_token|access
 _MASK = "****"
 
 
-def mask(text: str) -> str:
-    """The text with everything that looks like an access token blotted out; key=value words by their key as well."""
-    text = _URL_PASSWORD.sub(_MASK, _TOKEN.sub(_MASK, text))
-    key, equals, value = text.partition("=")
-    return f"{key}={_MASK}" if equals and value and _SECRET_KEY.search(key.strip()) else text
+def mask_tokens(text: str) -> str:
+    """The text with everything that looks like an access token blotted out."""
+    return _URL_PASSWORD.sub(_MASK, _TOKEN.sub(_MASK, text))
+
+
+def mask(word: str) -> str:
+    """A value or key=value word without its tokens, and without its value where the key is that of a secret."""
+    key, equals, value = word.partition("=")
+    return f"{key}={_MASK}" if equals and value and _SECRET_KEY.search(key.strip()) else mask_tokens(word)
 
 
 def looks_secret(key: str, value: Any) -> bool:
     """Whether a setting seems to hold an access token or a password."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str | list) or not value:
         return False
-    return bool(_TOKEN.search(value) or _URL_PASSWORD.search(value) or _SECRET_KEY.search(key))
+    return mask_tokens(str(value)) != str(value) or bool(_SECRET_KEY.search(key))

@@ -31,3 +31,7 @@ def test_a_token_in_a_setting_is_refused_without_showing_it() -> None:
         check(compose(Request(("model=qwen2-0.5b", f"model.revision={TOKEN}"))))
     assert "access token" in str(caught.value)
     assert TOKEN not in str(caught.value)
+
+
+def test_a_token_inside_a_list_is_found() -> None:
+    assert looks_secret("data.train", ["org/a", {"path": f"https://{TOKEN}@host/a.jsonl"}])

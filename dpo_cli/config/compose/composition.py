@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from dpo_cli.config.compose.files import check_config_dir, open_repository
 from dpo_cli.config.compose.overrides import parse_overrides
-from dpo_cli.config.secrets import mask
+from dpo_cli.config.secrets import mask, mask_tokens
 from dpo_cli.config.shipped import CONF_FOLDER, RECIPES_FOLDER, display_path
 from dpo_cli.config.suggest import closest, suggest_choice
 from dpo_cli.errors import ConfigError, DpoError
@@ -249,7 +249,7 @@ def _unusable(error: Exception, config_name: str) -> ConfigError:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         place = f"{display_path(Path(mark.name))}, line {mark.line + 1}" if mark is not None else config_name
         return ConfigError(f"Not valid YAML: {getattr(error, 'problem', None) or error}.", where=place)
-    text = mask(str(error).strip() or str(error.__cause__ or type(error).__name__))
+    text = mask_tokens(str(error).strip() or str(error.__cause__ or type(error).__name__))
     return ConfigError(text.rstrip("."), where=f"the defaults of {config_name}")
 
 
