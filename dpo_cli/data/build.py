@@ -156,7 +156,8 @@ def build_split(
     """
     reports = [SourceReport(each.source.name, each.format.name, each.source.weight) for each in opened]
     into.report.sources += reports
-    count = worker_count(workers, bytes_on_disk=sum(each.source.reader.bytes_on_disk for each in opened))
+    size = sum(each.source.reader.bytes_on_disk for each in opened)
+    count = worker_count(workers, bytes_on_disk=size, tokenizer=tokeniser.tokenizer)
     chunks = _chunks(opened, reports, tokeniser.settings, first_source, held_out_fraction)
     for result in process_chunks(chunks, tokeniser, workers=count):
         at = result.source - first_source

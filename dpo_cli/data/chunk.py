@@ -95,8 +95,8 @@ class Tokeniser:
         rendered: list[tuple[int, int, Draft, Rendered]] = []
         for raw, copies in zip(chunk.rows, chunk.copies, strict=True):
             try:
-                for draft in self._drafts(raw, known):
-                    rendered.append((raw.number, copies, draft, self._render(draft)))
+                # All of a row's examples or none: the list is whole before any of it is taken.
+                rendered += [(raw.number, copies, draft, self._render(draft)) for draft in self._drafts(raw, known)]
             except BadRow as problem:
                 result.events.append(Event(raw.number, "bad", problem.reason, problem.problem, problem.field))
             except Skipped as skipped:
@@ -205,9 +205,9 @@ class Tokeniser:
         fitted = fit(tokens, settings.max_tokens, prompt_can_be_cut=not chat, leading=leading)
         whole = list(tokens.responses)
         kept = list(fitted.responses)
-        if settings.kind == "demonstration":
+        if settings.kind in ("demonstration", "ranked"):
             kept, whole = _drop_repeats(kept, whole)
-        elif len(set(map(tuple, kept))) < len(kept):
+        if settings.kind in ("pair", "ranked") and (len(kept) < 2 or kept[0] == kept[1]):
             raise Skipped("identical_after_cut" if fitted.right_cut else "identical")
         cut = [name for name, is_so in (("prompt_cut", fitted.left_cut), ("response_cut", fitted.right_cut)) if is_so]
         weights = None
@@ -243,7 +243,7 @@ class Tokeniser:
 
 
 def _drop_repeats(kept: list[Ids], whole: list[Ids]) -> tuple[list[Ids], list[Ids]]:
-    """Demonstrations need no contrast, so of equal responses the first stays."""
+    """Of equal responses the first stays."""
     first = [at for at, ids in enumerate(kept) if ids not in kept[:at]]
     return [kept[at] for at in first], [whole[at] for at in first]
 

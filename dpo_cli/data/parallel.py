@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,8 +21,10 @@ _MOST_WORKERS = 8
 _tokeniser: Tokeniser | None = None
 
 
-def worker_count(asked: int | None, *, bytes_on_disk: int) -> int:
+def worker_count(asked: int | None, *, bytes_on_disk: int, tokenizer: object) -> int:
     """How many processes tokenise; 1 is this one. asked: data.workers, None to judge by the data's size."""
+    if type(tokenizer).__module__.startswith("transformers_modules"):
+        return 1  # remote code lives in modules that a fresh process cannot import
     if asked is not None:
         return max(1, asked)
     if bytes_on_disk < _BYTES_WORTH_WORKERS:
@@ -60,9 +64,20 @@ def process_chunks(chunks: Iterable[Chunk], tokeniser: Tokeniser, *, workers: in
 
 def _start_worker(tokeniser: Tokeniser) -> None:
     global _tokeniser
+    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # The workers are the parallelism; threads inside each would only fight over the same cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokeniser = tokeniser
+
+
+def _end_with_parent() -> None:
+    """A worker waits for work for ever, also when the run that would send it was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(chunk: Chunk) -> ChunkResult:

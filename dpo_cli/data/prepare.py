@@ -48,7 +48,7 @@ def prepare_data(
     kind: ExampleKind,
     stop_token_ids: frozenset[int],
     seed: int,
-    store_dir: Path,
+    store_dir: Path | str,
 ) -> PreparedData:
     """Read, check, render and tokenise the data, or find all that done.
 
@@ -56,6 +56,7 @@ def prepare_data(
     seed: decides the held-out split and fractional weights. store_dir: tokenised data is kept under its `data` folder.
     Raises DataError for anything about the data, the template or the tokenizer that the user can mend.
     """
+    store = Path(store_dir).expanduser()
     settings = row_settings(data, kind=kind, stop_token_ids=stop_token_ids, seed=seed)
     check_column_names(settings.columns)
     check_token_weights(settings.token_weights, kind)
@@ -66,13 +67,20 @@ def prepare_data(
     if evaluated:
         sources["eval"] = evaluated
     held_out = 0.0 if evaluated else held_out_fraction(data)
-    key = content_key(sources, tokenizer, settings, held_out_fraction=held_out, store_dir=store_dir)
-    folder = store_dir / "data" / key
+    key = content_key(sources, tokenizer, settings, held_out_fraction=held_out, store_dir=store)
+    folder = store / "data" / key
     manifest = read_manifest(folder)
     from_cache = manifest is not None
     if manifest is None:
-        with being_built(folder) as temporary:
-            _build(temporary, data, tokenizer, settings, sources, held_out)
+        try:
+            with being_built(folder) as temporary:
+                _build(temporary, data, tokenizer, settings, sources, held_out)
+        except OSError as error:
+            raise DataError(
+                f"The tokenised data cannot be written: {error.strerror or error}.",
+                where=str(folder.parent),
+                hint="free some disk space, or name another store_dir",
+            ) from error
         manifest = read_manifest(folder)
         if manifest is None:
             raise DataError("The tokenised data cannot be read back.", where=str(folder), hint="check the disk")

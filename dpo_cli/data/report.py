@@ -149,6 +149,15 @@ class DataReport:
             told.append(f"note: the chat template puts {self.before_reply!r} before a reply, and it is scored with it")
         return told
 
+    def sample_lines(self) -> list[str]:
+        """The first examples as the model reads them, the middle of long texts left out."""
+        told = []
+        for sample in self.samples:
+            told.append(f"{sample.origin}:")
+            told.append(f"  prompt    {_shorten(sample.prompt)!r}")
+            told += [f"  response  {_shorten(text)!r}" for text in sample.responses]
+        return told
+
     def _split_lines(self, name: str, split: SplitReport) -> list[str]:
         sources = ", ".join(self._source_text(source) for source in split.sources)
         first = f"{name}: {split.examples:,} {EXAMPLE_NOUNS[self.kind]}"
@@ -176,6 +185,11 @@ class DataReport:
     def _lengths(self, split: SplitReport) -> str:
         names = {"pair": ("chosen", "rejected"), "ranked": ("best", "worst")}.get(self.kind, ("response",))
         return ", ".join(f"{name} {mean:.0f}" for name, mean in zip(names, split.mean_response_tokens, strict=True))
+
+
+def _shorten(text: str, characters: int = 240) -> str:
+    half = characters // 2
+    return text if len(text) <= characters else f"{text[:half]} ... {text[-half:]}"
 
 
 def _split_from(saved: Mapping[str, Any]) -> SplitReport:

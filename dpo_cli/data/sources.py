@@ -9,15 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data.readers import (
-    ArrowReader,
-    CsvReader,
-    JsonReader,
-    ParquetReader,
-    RowReader,
-    open_folder,
-    open_hub,
-)
+from dpo_cli.data.dataset_reader import ArrowReader, open_folder, open_hub
+from dpo_cli.data.json_reader import JsonReader
+from dpo_cli.data.readers import CsvReader, ParquetReader, RowReader
 from dpo_cli.errors import DataError
 from dpo_cli.paths import resolve_path
 

@@ -273,3 +273,48 @@ def test_a_partner_is_the_next_example_with_another_prompt(keys: list[int]) -> N
     found = partners_with_other_prompts(np.array(keys, dtype=np.int64))
     assert found is not None and found.tolist() == expected
     assert partners_with_other_prompts(np.array([5, 5, 5])) is None
+
+
+_ORPHANS = """
+import multiprocessing, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+def announce():
+    while len(multiprocessing.active_children()) < 2:
+        time.sleep(0.05)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+if __name__ == "__main__":
+    from chat_tokenizers import bpe, stops
+    from dpo_cli.data.prepare import prepare_data
+    from dpo_cli.data.settings import DataSettings
+    threading.Thread(target=announce, daemon=True).start()
+    data = DataSettings(sys.argv[1], workers=2)
+    prepare_data(data, bpe(), kind="pair", stop_token_ids=stops(bpe()), seed=0, store_dir=Path(sys.argv[2]))
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_run_that_is_killed(write_jsonl: Any, tmp_path: Path) -> None:
+    path = write_jsonl({**row, "prompt": f"{at} {row['prompt']}"} for at in range(60) for row in ROWS)
+    script = tmp_path / "run.py"
+    script.write_text(_ORPHANS)
+    command = [sys.executable, str(script), path, str(tmp_path / "store"), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        time.sleep(5)  # they are tokenising now
+        process.send_signal(signal.SIGKILL)
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlived its run"
+        time.sleep(0.2)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        # A killed run's children are handed to the init process, which may leave them as zombies.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -12,9 +12,9 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from dpo_cli.data import readers
+from dpo_cli.data import json_reader
 from dpo_cli.data.fields import decode_json_row
-from dpo_cli.data.readers import JsonReader
+from dpo_cli.data.json_reader import JsonReader
 from dpo_cli.errors import DataError
 
 ROWS = [{"prompt": f"How many, {at}?\n", "chosen": f"{at} eggs", "rejected": f"no {at}"} for at in range(600)]
@@ -69,7 +69,7 @@ def test_a_json_list_is_read_in_pieces_of_any_size(at_once: int, tmp_path: Path,
     path = tmp_path / "rows.json"
     for text in (json.dumps(rows), json.dumps(rows, ensure_ascii=False, indent=3) + "\n"):
         path.write_text(text, encoding="utf-8")
-        monkeypatch.setattr(readers, "_READ_BYTES", at_once)
+        monkeypatch.setattr(json_reader, "_READ_BYTES", at_once)
         assert [row.content for row in JsonReader(path).rows()] == rows
 
 
