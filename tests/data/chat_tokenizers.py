@@ -16,6 +16,11 @@ CHATML_WITH_TOOLS = "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '
 STRIPS_THOUGHTS = CHATML.replace("message['content'] +", "message['content'].split('</think>')[-1] +")
 # And to the prompt: the thoughts are opened for the model, but are not there once the reply is.
 OPENS_THOUGHTS = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+# Qwen3's way: an empty thought before the last reply, which the generation prompt does not have.
+EMPTY_THOUGHT = CHATML.replace(
+    "message['content'] +",
+    "('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '') + message['content'] +",
+)
 NO_END_OF_TURN = (
     "{% for message in messages %}{{ '[' + message['role'] + '] ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_tokenizers import NO_END_OF_TURN, bpe, stops
+from chat_tokenizers import EMPTY_THOUGHT, NO_END_OF_TURN, bpe, stops
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -128,6 +128,15 @@ def test_a_template_without_an_end_of_turn_gets_the_end_token(prepare: Any, writ
     assert prompt + chosen == "[user] Eggs?\n[assistant] Yes.<|endoftext|>"
     assert prompt + rejected == "[user] Eggs?\n[assistant] No.<|endoftext|>"
     assert prepared.report.train.noticed["template_without_stop"].rows == 1
+
+
+def test_what_a_template_puts_before_a_reply_is_scored_and_shown(prepare: Any, write_jsonl: Any, texts: Any) -> None:
+    tokenizer = bpe(chat_template=EMPTY_THOUGHT)
+    prepared = prepare(write_jsonl([{"prompt": "A?", "chosen": "b", "rejected": "c"}]), chat=True, tokenizer=tokenizer)
+    thought = "<think>\n\n</think>\n\n"
+    prompt = "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\n"
+    assert texts(prepared.train) == [(prompt, f"{thought}b<|im_end|>", f"{thought}c<|im_end|>")]
+    assert any("before a reply, and it is scored with it" in line for line in prepared.report.lines())
 
 
 def test_a_template_with_two_bos_is_refused(prepare: Any, write_jsonl: Any) -> None:
