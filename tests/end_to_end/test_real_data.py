@@ -1,0 +1,121 @@
+"""Real questions, solutions, conversations and the real tokenizer; only the weights are random."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+from .conftest import Workplace, write_jsonl
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+LN2 = math.log(2)
+SOLUTIONS = "gsm8k/example_model_solutions.jsonl"
+
+
+def gsm8k_pairs(real_data: Path) -> list[dict[str, Any]]:
+    """Chosen: the ground truth and every solution marked right; rejected: every solution marked wrong."""
+    rows = []
+    for line in (real_data / SOLUTIONS).read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        graded = [value for value in entry.values() if isinstance(value, dict)]
+        right = [entry["ground_truth"], *(solution["solution"] for solution in graded if solution["is_correct"])]
+        wrong = [solution["solution"] for solution in graded if not solution["is_correct"]]
+        for number, rejected in enumerate(wrong):
+            chosen = right[number % len(right)]
+            rows.append({"prompt": entry["question"] + "\n", "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def random_model(folder: Path, tokenizer_folder: Path, *, hidden: int = 64) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(0)
+    size = max(tokenizer.get_vocab().values()) + 1
+    config = Qwen2Config(
+        vocab_size=size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def small_tokenizer(folder: Path, real_data: Path, texts: Iterator[str], size: int = 2048) -> Path:
+    """The real tokenizer's own algorithm, trained anew on the text at hand."""
+    AutoTokenizer.from_pretrained(real_data / "qwen2-tokenizer").train_new_from_iterator(texts, size).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def sft_then_dpo(workplace: Workplace, model: Path, *settings: str, dpo: tuple[str, ...] = ()) -> None:
+    """sft_ref makes a reference that fits the data; DPO starts from it at ln 2 and learns to prefer."""
+    common = ["model=local", "data=local", "hardware.device=cpu", *settings]
+    sft = workplace.call(*common, f"model.path={model}", "loss=sft_ref", "run_dir=sft", "optimizer.lr=3e-3")
+    assert sft.returncode == 0, sft.stderr
+    first, *_, last = workplace.metrics("sft", "eval")
+    assert last["loss"] < first["loss"] - 1
+    assert last["logps/chosen"] > first["logps/chosen"]
+    assert last["logps/rejected"] > first["logps/rejected"]
+
+    tuned = workplace.call(*common, "model.path=sft/final", "run_dir=dpo", "optimizer.lr=5e-4", "loss.beta=0.1", *dpo)
+    assert tuned.returncode == 0, tuned.stderr
+    first, *_, last = workplace.metrics("dpo", "eval")
+    assert first["loss"] == pytest.approx(LN2, abs=1e-5)
+    assert last["loss"] < first["loss"]
+    assert last["rewards/accuracies"] > max(0.55, first["rewards/accuracies"] + 0.05)
+    taught = [row["logps/chosen"] for row in workplace.metrics("sft", "eval")]
+    print(
+        f"\n{model.name}: sft_ref held-out logps/chosen {taught[0]:.1f} -> {taught[-1]:.1f}; dpo held-out loss "
+        f"{first['loss']:.6f} -> {last['loss']:.4f}, reward accuracy {first['rewards/accuracies']:.1%} -> "
+        f"{last['rewards/accuracies']:.1%}"
+    )
+
+
+def test_all_gsm8k_pairs_with_a_tokenizer_trained_on_their_text(tmp_path: Path, real_data: Path) -> None:
+    rows = gsm8k_pairs(real_data)
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    texts = (row[key] for row in rows for key in ("prompt", "chosen", "rejected"))
+    model = random_model(tmp_path / "small-tokenizer", small_tokenizer(tmp_path / "tokenizer", real_data, texts))
+    sft_then_dpo(
+        Workplace(tmp_path), model, "data.train=pairs.jsonl", "data.eval_fraction=0.1", "data.max_tokens=512",
+        "tokens_per_microbatch=8192", "global_pairs=32", "epochs=2", "eval_every=0", "save_every=0",
+    )  # fmt: skip
+
+
+def test_gsm8k_pairs_with_the_real_tokenizer(tmp_path: Path, real_data: Path) -> None:
+    write_jsonl(tmp_path / "pairs.jsonl", gsm8k_pairs(real_data)[:360])
+    model = random_model(tmp_path / "real-tokenizer", real_data / "qwen2-tokenizer", hidden=32)
+    sft_then_dpo(
+        Workplace(tmp_path), model, "data.train=pairs.jsonl", "data.eval_fraction=0.15", "data.max_tokens=512",
+        "tokens_per_microbatch=8192", "global_pairs=16", "epochs=2", "eval_every=0", "save_every=0",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokenizer", ["real", "trained on the conversations"])
+def test_real_conversations_through_the_real_chat_template(tmp_path: Path, real_data: Path, tokenizer: str) -> None:
+    shutil.copy(real_data / "preferences" / "dpo_en_demo.json", tmp_path / "conversations.json")
+    folder, limit = real_data / "qwen2-tokenizer", "data.max_tokens=384"
+    if tokenizer != "real":
+        text = (tmp_path / "conversations.json").read_text(encoding="utf-8")
+        folder, limit = (
+            small_tokenizer(tmp_path / "tokenizer", real_data, iter(text.splitlines())),
+            "data.max_tokens=1536",
+        )
+    model = random_model(tmp_path / "model", folder, hidden=32 if tokenizer == "real" else 64)
+    sft_then_dpo(
+        Workplace(tmp_path), model, "data.train=conversations.json", "data.eval_fraction=0.2", limit,
+        "tokens_per_microbatch=4096", "global_pairs=8", "epochs=2", "eval_every=0", "save_every=0",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "dpo" / "data.json").read_text())
+    assert "<|im_start|>assistant" in report["samples"][0]["prompt"]
+    assert report["samples"][0]["responses"][0].endswith("<|im_end|>")
