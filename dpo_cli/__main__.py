@@ -2,4 +2,6 @@
 
 from dpo_cli.cli.train import main
 
-raise SystemExit(main())
+# Worker processes import this module again, under another name.
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -177,7 +177,7 @@ def evaluate(
     tokens_per_microbatch: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Means over a held-out set, taken in groups of `global_pairs` so that coupled losses mean what they do in training."""
+    """Means over a held-out set, in groups of `global_pairs` so that coupled losses mean what they do in training."""
     metrics, total, normaliser = MetricSums(), torch.zeros((), dtype=torch.float64, device=device), 0.0
     for indices in _groups(len(data.examples), global_pairs):
         micros = data.microbatches(indices, tokens_per_microbatch=tokens_per_microbatch)

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_cli.config.check import check
 from dpo_cli.config.compose.composition import Request, compose
-from dpo_cli.config.compose.overrides import decode_escapes, expand_sweep, parse_overrides
+from dpo_cli.config.compose.overrides import expand_sweep, parse_overrides
 from dpo_cli.config.schema import Config
 
 REAL = "model=qwen2-0.5b"
@@ -19,19 +19,15 @@ def configure(*overrides: str, config_dir: Path | None = None, config_name: str 
     return check(compose(Request(overrides, config_dir, config_name)))
 
 
-def test_a_template_on_the_command_line_keeps_braces_spaces_commas_and_decoded_escapes() -> None:
+def test_a_template_on_the_command_line_keeps_braces_spaces_commas_and_escapes() -> None:
     word = r"data.prompt_template=Question, please: {question}\n\nAnswer: "
-    assert configure(REAL, word).data.prompt_template == "Question, please: {question}\n\nAnswer: "
+    assert configure(REAL, word).data.prompt_template == r"Question, please: {question}\n\nAnswer: "
 
 
 @pytest.mark.parametrize("quote", ['"', "'"])
 def test_a_template_may_be_quoted_for_hydra_as_well(quote: str) -> None:
     word = rf"data.prompt_template={quote}Q: {{question}}\nA: {quote}"
-    assert configure(REAL, word).data.prompt_template == "Q: {question}\nA: "
-
-
-def test_a_doubled_backslash_stays_a_backslash() -> None:
-    assert decode_escapes(r"a\\n\nb\tc") == "a\\n\nb\tc"
+    assert configure(REAL, word).data.prompt_template == r"Q: {question}\nA: "
 
 
 def test_loggers_are_a_list_and_may_be_none() -> None:

@@ -1,4 +1,4 @@
-"""The same runs on a GPU: bf16 by default, float32 like the CPU, resumable bit for bit when asked to be deterministic."""
+"""The same runs on a GPU: bf16 by default, float32 like the CPU, resumable bit for bit when deterministic."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,13 +13,8 @@ from dpo_cli.config.secrets import mask
 from dpo_cli.errors import ConfigError, DpoError
 
 # Keys whose value is text to be taken as it stands: braces, commas and trailing spaces mean nothing to Hydra in them.
+# Escapes such as \n are decoded where the template is used, so that a YAML file may hold them as well.
 VERBATIM_KEYS = frozenset({"data.prompt_template"})
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
-
-
-def decode_escapes(text: str) -> str:
-    r"""Turn the two characters \n, as a shell hands them over, into a line break; likewise \t, \r, \\ and quotes."""
-    return re.sub(r"\\([ntr\\\"'])", lambda found: _ESCAPES[found[1]], text)
 
 
 def parse_overrides(words: Sequence[str], *, sweep: bool) -> tuple[list[Override], list[DpoError]]:
@@ -87,7 +81,7 @@ def _verbatim(word: str, key: str, value: str) -> Override:
         type=OverrideType.CHANGE,
         key_or_group=key,
         value_type=ValueType.ELEMENT,
-        _value=QuotedString(text=decode_escapes(value), quote=Quote.double),
+        _value=QuotedString(text=value, quote=Quote.double),
         input_line=word,
     )
 

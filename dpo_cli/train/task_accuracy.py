@@ -1,8 +1,7 @@
-"""What a run gained: task accuracy before and after, the summary on the screen, and the final model with its card."""
+"""What a run gained: task accuracy before and after, on the same problems."""
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cli.atomic import write_json
 from dpo_cli.paths import resolve_path
 from dpo_cli.policy.load import LoadedModel
-from dpo_cli.policy.model_card import Result
 from dpo_cli.rollout.exact_match import Difference, Problem, exact_match, load_problems, paired_difference
 from dpo_cli.train.console import RunConsole
-from dpo_cli.train.metrics_log import read_metrics
 
 
 @dataclass(frozen=True)
@@ -94,28 +91,3 @@ def describe_difference(difference: Difference, problems: int) -> str:
         f"{difference.after_mean:.1%} after, {100 * difference.gain:+.1f} points "
         f"(95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
     )
-
-
-def held_out_results(metrics_file: Path, difference: Difference | None) -> list[Result]:
-    """The model card's table: held-out metrics of the first and the last evaluation, and task accuracy."""
-    evaluations = [row for row in read_metrics(metrics_file) if row["split"] == "eval"]
-    results = []
-    if difference is not None:
-        interval = (difference.low, difference.high)
-        results.append(Result("exact match", difference.before_mean, difference.after_mean, interval))
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        results += [
-            Result(name, first[name], last[name])
-            for name in first
-            if name not in ("step", "split", "epoch") and None not in (first[name], last.get(name))
-        ]
-    return results
-
-
-def formula_of(loss: Callable[..., Any]) -> str:
-    """The first line of a loss's docstring, which says in words or mathematics what it computes."""
-    while hasattr(loss, "func"):
-        loss = loss.func
-    lines = (inspect.getdoc(loss) or "a function of its author").splitlines()
-    return lines[0].rstrip(".")

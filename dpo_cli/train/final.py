@@ -1,0 +1,105 @@
+"""The end of a run: its final model, with a card that says what it is, and the note that the run is complete."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dpo_cli
+from dpo_cli.config.schema import Config
+from dpo_cli.errors import CheckpointError
+from dpo_cli.policy.export import export_final
+from dpo_cli.policy.load import LoadedModel
+from dpo_cli.policy.model_card import Result, model_card
+from dpo_cli.rollout.exact_match import Difference
+from dpo_cli.train.metrics_log import read_metrics
+from dpo_cli.train.objective import Objective
+from dpo_cli.train.parts import reference_name
+
+FINAL = "final"
+# Travels inside final/, so that a final model and the note that it is final appear in one rename.
+_NOTE = "dpo_run.json"
+
+
+def completed_run(config: Config, run_dir: Path) -> Path | None:
+    """The final model, if it is there and of a training as long as `config` asks for now."""
+    note = _read_note(run_dir)
+    return run_dir / FINAL if note is not None and note["length"] == _length(config) else None
+
+
+def write_final(
+    policy: LoadedModel,
+    objective: Objective,
+    config: Config,
+    *,
+    run_dir: Path,
+    step: int,
+    difference: Difference | None,
+) -> Path:
+    """Export the policy to run_dir/final, whole and verified; a final model that was there keeps its step as a name."""
+    final = run_dir / FINAL
+    before = _read_note(run_dir)
+    if before is not None:
+        final.rename(run_dir / f"{FINAL}-step-{before['step']:08d}")
+    card = model_card(
+        name=run_dir.absolute().name,
+        base=config.model.path,
+        reference=reference_name(config) if objective.declaration.needs_reference else "none: this loss needs none",
+        data=[source.path for source in config.data.train],
+        loss=config.loss.name,
+        formula=_first_sentence(objective.loss),
+        config=config.as_dict(),
+        results=_held_out_results(run_dir / "metrics.jsonl", difference),
+        adapter=config.model.adapter,
+        lora=config.model.lora is not None,
+        version=dpo_cli.__version__,
+    )
+    export_final(policy, final, card=card, notes={_NOTE: {"step": step, "length": _length(config)}})
+    return final
+
+
+def _length(config: Config) -> dict[str, float | None]:
+    return {"epochs": config.epochs, "max_steps": config.max_steps}
+
+
+def _read_note(run_dir: Path) -> dict[str, Any] | None:
+    if not (run_dir / FINAL).exists():
+        return None
+    try:
+        note: dict[str, Any] = json.loads((run_dir / FINAL / _NOTE).read_bytes())
+        return {"step": int(note["step"]), "length": note["length"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{FINAL}/ holds something that this tool did not write: {error}.",
+            where=str(run_dir / FINAL),
+            hint="move it away; resuming writes it again",
+        ) from error
+
+
+def _held_out_results(metrics_file: Path, difference: Difference | None) -> list[Result]:
+    """The card's table: task accuracy, and the held-out metrics of the first and the last evaluation."""
+    results = []
+    if difference is not None:
+        interval = (difference.low, difference.high)
+        results.append(Result("exact match", difference.before_mean, difference.after_mean, interval))
+    evaluations = [row for row in read_metrics(metrics_file) if row["split"] == "eval"]
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        names = [name for name in first if name not in ("step", "split", "epoch")]
+        results += [
+            Result(name, first[name], last[name])
+            for name in names
+            if first[name] is not None and last.get(name) is not None
+        ]
+    return results
+
+
+def _first_sentence(loss: Callable[..., Any]) -> str:
+    """What a loss's docstring says it computes."""
+    while hasattr(loss, "func"):
+        loss = loss.func
+    lines = (inspect.getdoc(loss) or "a function of its author").splitlines()
+    return lines[0].rstrip(".")
