@@ -170,7 +170,7 @@ def _pairs(
     ended = [ids for ids in samples if ids[-1] == tokenizer.eos_token_id]
     texts = dict.fromkeys(tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in ended)
     right = [text for text in texts if extract_answer(text) == int(problem.answer)]
-    wrong = [text for text in texts if extract_answer(text) != int(problem.answer)]
+    wrong = [text for text in texts if text.strip() and extract_answer(text) != int(problem.answer)]
     return [{"prompt": problem.prompt, "chosen": right[0], "rejected": text} for text in wrong if right]
 
 

@@ -60,7 +60,7 @@ def load_problems(path: str | Path, *, limit: int | None = None) -> list[Problem
     """
     problems: list[Problem] = []
     try:
-        with open(path, encoding="utf-8") as lines:
+        with Path(path).open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if limit is not None and len(problems) == limit:
                     break
