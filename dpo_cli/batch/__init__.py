@@ -1,0 +1,1 @@
+"""Order, micro-batch plan and the packed layout: pure."""

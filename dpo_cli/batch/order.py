@@ -1,4 +1,4 @@
-"""Which examples make up which optimiser step: a pure function of (seed, epoch, step), so resuming needs no state."""
+"""Which examples make up which optimiser step: a pure function of (seed, epoch, step)."""
 
 from __future__ import annotations
 

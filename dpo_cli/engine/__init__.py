@@ -1,0 +1,1 @@
+"""Backward and step; the only room for DeepSpeed and torch.distributed."""

@@ -1,0 +1,1 @@
+"""One small pure function a file."""

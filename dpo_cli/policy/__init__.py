@@ -1,0 +1,1 @@
+"""The model, its attention over packed rows, and the log-prob head."""

@@ -1,0 +1,1 @@
+"""One run, from checked config to final model."""
