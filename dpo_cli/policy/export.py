@@ -14,13 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from dpo_cli.atomic import sync_file, sync_folder, temporary_beside, write_json
 from dpo_cli.errors import CheckpointError
 from dpo_cli.policy.folder import check_safetensors_file, weight_files
 from dpo_cli.policy.load import LoadedModel, quiet_loading
-from dpo_cli.policy.lora import adapter_state_dict, merged_state_dict
 
 ADAPTER_FOLDER = "adapter"
 
@@ -57,20 +56,30 @@ def _write(loaded: LoadedModel, folder: Path, card: str) -> None:
     model = loaded.model
     with quiet_loading():
         # Never model.save_pretrained(folder) alone: with adapters injected it would write their module names.
-        model.save_pretrained(folder, state_dict=_final_state(model))
+        model.save_pretrained(folder, state_dict=_final_state(loaded))
         loaded.tokenizer.save_pretrained(folder)
     _write_config(loaded, folder / "config.json")
     if loaded.lora is not None:
         adapter = folder / ADAPTER_FOLDER
         adapter.mkdir()
         loaded.lora.save_pretrained(str(adapter))
-        state = {name: tensor.contiguous().cpu() for name, tensor in adapter_state_dict(model).items()}
+        state = {name: tensor.contiguous().cpu() for name, tensor in _adapter_state(loaded).items()}
         save_file(state, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _final_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    return merged_state_dict(model)
+def _final_state(loaded: LoadedModel) -> dict[str, Tensor]:
+    if loaded.lora is None:
+        return loaded.model.state_dict()
+    from dpo_cli.policy.lora import merged_state_dict
+
+    return merged_state_dict(loaded.model)
+
+
+def _adapter_state(loaded: LoadedModel) -> dict[str, Tensor]:
+    from dpo_cli.policy.lora import adapter_state_dict
+
+    return adapter_state_dict(loaded.model)
 
 
 def _write_config(loaded: LoadedModel, file: Path) -> None:
@@ -100,7 +109,7 @@ def _verify(loaded: LoadedModel, folder: Path) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise CheckpointError(f"The final model reads back with {kind}: {sorted(map(str, report[kind]))[:3]}.")
-    wanted, found = digests(_final_state(loaded.model)), digests(reopened.state_dict())
+    wanted, found = digests(_final_state(loaded)), digests(reopened.state_dict())
     if wanted != found:
         differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise CheckpointError(
@@ -115,7 +124,7 @@ def _verify(loaded: LoadedModel, folder: Path) -> None:
 def _verify_adapter(loaded: LoadedModel, file: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         found = digests({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-    if found != digests(adapter_state_dict(loaded.model)):
+    if found != digests(_adapter_state(loaded)):
         raise CheckpointError("The adapter reads back differently.", where=str(file))
 
 

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -19,8 +18,13 @@ from dpo_cli.policy.attention import ATTENTION_ROUTE, PACKED_ATTENTION
 from dpo_cli.policy.compatibility import check_config, check_model_class, check_modules
 from dpo_cli.policy.dropout import switch_off_noise, verify_no_noise
 from dpo_cli.policy.folder import adapter_weight_files, check_safetensors_file, resolve_model_folder, weight_files
-from dpo_cli.policy.lora import LoraSettings, add_lora, merge_adapter
 from dpo_cli.policy.tokenizer import check_same_vocabulary, check_tokenizer_fits, load_tokenizer, stop_token_ids
+
+# peft takes a second to import, and most runs have no adapter: dpo_cli.policy.lora is imported where one is asked for.
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from dpo_cli.policy.lora import LoraSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Leftovers of older files that no model reads: position tables and masks that are computed today.
@@ -103,6 +107,8 @@ def load_model(
     """
     loaded = _load(settings, settings.path, settings.revision, settings.adapter, device=device, max_tokens=max_tokens)
     if settings.lora is not None:
+        from dpo_cli.policy.lora import add_lora
+
         config = add_lora(loaded.model, settings.lora, seed=seed, base_name=settings.path)
         loaded = replace(loaded, lora=config)
     if settings.gradient_checkpointing:
@@ -173,6 +179,8 @@ def _load(
     check_modules(model, where=str(folder))
     check_tokenizer_fits(tokenizer, model, where=str(folder))
     if adapter_folder is not None:
+        from dpo_cli.policy.lora import merge_adapter
+
         model = merge_adapter(model, adapter_folder, base_name=path)
     verify_no_noise(model, where=str(folder))
     model = model.to(device)
