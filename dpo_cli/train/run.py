@@ -106,6 +106,7 @@ class _Run:
         if progress.step == 0:
             self._check_start(training)
         training.run(progress)
+        self.stop.kept = f"All {progress.step} steps are saved; the final model is still to be written."
         difference = None if accuracy is None else accuracy.after(policy, self.console)
         final = write_final(policy, objective, config, run_dir=self.run_dir, step=progress.step, difference=difference)
         say(f"done in {_duration(time.monotonic() - began)}: {final}")
@@ -205,6 +206,7 @@ class _Run:
         progress = Progress() if checkpoint is None else training.restore(checkpoint)
         if checkpoint is not None:
             self.console.say(f"resumed after step {progress.step} of {training.settings.total_steps}")
+            self.stop.kept = f"Step {progress.step} is saved, as it was."
         training.forget_after(progress.step, began=checkpoint is not None)
         return progress
 

@@ -14,10 +14,14 @@ EXIT_SECOND_CTRL_C = 130
 
 
 class StopRequest:
-    """Whether somebody asked the run to end. `requested` holds the signal's name."""
+    """Whether somebody asked the run to end.
+
+    requested: the signal's name. kept: what is on disk already, for the message of a stop that nothing defers.
+    """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self.kept = "No step was taken yet, so there was nothing to save."
         self._deferred = False
 
     @contextmanager
@@ -50,4 +54,4 @@ class StopRequest:
             os._exit(EXIT_SECOND_CTRL_C)
         self.requested = signal.Signals(number).name
         if not self._deferred:
-            self.check("Training had not begun, so there is nothing to save.")
+            self.check(self.kept)

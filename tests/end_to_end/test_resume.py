@@ -71,6 +71,37 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(workplace: Workplace, sen
     assert_same_weights(workplace.final_weights("straight"), workplace.final_weights("stopped"))
 
 
+@pytest.mark.parametrize("moment", ["device:", "reference model:", "step 0:", "eval  step 60/60"])
+def test_a_signal_at_any_stage_leaves_a_run_that_resumes_to_the_same_weights(workplace: Workplace, moment: str) -> None:
+    """While data are read, while the reference is scored, before the first step, while the final model is written."""
+    assert workplace.train(*LONG, "run_dir=straight", "store_dir=store_straight").returncode == 0
+    process = workplace.start(*workplace.defaults, *LONG, "run_dir=stopped")
+    run_until(process, moment)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    # A signal in the last moments may come too late to stop anything.
+    assert process.returncode == 75 or (moment.startswith("eval") and process.returncode == 0), output
+    assert "Traceback" not in output
+    resumed = workplace.call("resume=stopped/")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_weights(workplace.final_weights("straight"), workplace.final_weights("stopped"))
+
+
+def test_a_second_ctrl_c_exits_at_once_and_loses_only_what_was_not_saved(workplace: Workplace) -> None:
+    slow = ["global_pairs=96", "max_steps=30", "tokens_per_microbatch=64", "log_every=1", "save_every=4"]
+    assert workplace.train(*slow, "run_dir=straight").returncode == 0
+    process = workplace.start(*workplace.defaults, *slow, "run_dir=stopped")
+    run_until(process, "train step 6/")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.03)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    resumed = workplace.call("resume=stopped")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_weights(workplace.final_weights("straight"), workplace.final_weights("stopped"))
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(workplace: Workplace) -> None:
     assert workplace.train("run_dir=straight").returncode == 0
     process = workplace.start(*workplace.defaults, "run_dir=run")

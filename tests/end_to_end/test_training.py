@@ -208,3 +208,24 @@ def test_exact_match_is_measured_before_and_after_on_the_same_problems(workplace
     assert "exact match on 8 held-out problems" in done.stdout
     kept = json.loads((workplace.folder / "run" / "exact_match.json").read_text())
     assert len(kept["before"]) == len(kept["after"]) == 8
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_rows(workplace: Workplace) -> None:
+    done = workplace.train("run_dir=run", "optimizer.lr=1e30", "optimizer.max_grad_norm=null")
+    assert done.returncode == 3
+    assert "not finite" in done.stderr
+    assert "pairs.jsonl row" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_tensorboard_shows_the_same_metrics(workplace: Workplace) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert workplace.train("run_dir=run", "logger=[tensorboard]").returncode == 0
+    (events,) = (workplace.folder / "run").rglob("events.out.tfevents.*")
+    shown = EventAccumulator(str(events))
+    shown.Reload()
+    (last,) = [row for row in workplace.metrics("run", "eval") if row["step"] == 12]
+    scalar = shown.Scalars("eval/rewards/margins")[-1]
+    assert (scalar.step, scalar.value) == (12, pytest.approx(last["rewards/margins"], rel=1e-5))
+    assert [event.step for event in shown.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
