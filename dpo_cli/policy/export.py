@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -46,8 +46,12 @@ def export_final(
         _sync(temporary)
         temporary.rename(folder)
         sync_folder(folder.parent)
-    except OSError as error:
-        raise CheckpointError(f"The final model cannot be written: {error}", where=str(folder)) from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The final model cannot be written: {error}",
+            where=str(folder),
+            hint="once there is room, resume= the run folder: it is written from the last checkpoint",
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -57,7 +61,7 @@ def _write(loaded: LoadedModel, folder: Path, card: str) -> None:
     with quiet_loading():
         # Never model.save_pretrained(folder) alone: with adapters injected it would write their module names.
         model.save_pretrained(folder, state_dict=_final_state(loaded))
-        loaded.tokenizer.save_pretrained(folder)
+        _save_tokenizer(loaded, folder)
     _write_config(loaded, folder / "config.json")
     if loaded.lora is not None:
         adapter = folder / ADAPTER_FOLDER
@@ -66,6 +70,16 @@ def _write(loaded: LoadedModel, folder: Path, card: str) -> None:
         state = {name: tensor.contiguous().cpu() for name, tensor in _adapter_state(loaded).items()}
         save_file(state, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _save_tokenizer(loaded: LoadedModel, folder: Path) -> None:
+    try:
+        loaded.tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # The tokenizers library reports a full disk as a bare Exception.
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error
 
 
 def _final_state(loaded: LoadedModel) -> dict[str, Tensor]:

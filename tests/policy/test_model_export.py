@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,29 @@ def test_a_folder_that_exists_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         export_final(trained(save(tmp_path / "base")), tmp_path / "final", card="")
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_a_disk_that_fills_is_told_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Each of the libraries that write has an exception of its own for it."""
+    loaded = trained(save(tmp_path / "base"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    owner = type(getattr(loaded, part))
+    original = owner.save_pretrained
+
+    def disk_fills(self: Any, *args: Any, **kw: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+        try:
+            return original(self, *args, **kw)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(owner, "save_pretrained", disk_fills)
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*File too large"):
+        export_final(loaded, tmp_path / "final", card="")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_one_flipped_byte_on_the_way_to_the_disk_is_noticed_and_nothing_is_left(
