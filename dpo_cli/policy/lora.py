@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
@@ -151,26 +151,27 @@ def has_lora(model: nn.Module) -> bool:
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict the model would have with its LoRA adapters merged in; the model itself is left alone.
 
-    The update is added in float32 and rounded once, to the dtype of the weight.
+    The update is added in float32 and rounded once, to the dtype of the weight. Merged weights come back on the CPU,
+    and one update lives at a time: all of them in float32 are twice the size of a bf16 model, which may fill the GPU.
     """
-    updates: dict[str, Tensor] = {}
+    adapted: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             # Experts of a mixture are one tensor for all, which peft wraps as a named parameter of their module.
-            adapted = getattr(module, "parameter_name", "weight")
-            updates[f"{_without_wrappers(name)}.{adapted}"] = module.get_delta_weight(ADAPTER_NAME)
+            parameter = getattr(module, "parameter_name", "weight")
+            adapted[f"{_without_wrappers(name)}.{parameter}"] = module
     merged: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" in name:
             continue
         name = _without_wrappers(name)
-        update = updates.pop(name, None)
-        if update is not None:
+        layer: Any = adapted.pop(name, None)
+        if layer is not None:
             wide = torch.promote_types(tensor.dtype, torch.float32)
-            tensor = (tensor.to(wide) + update.to(wide)).to(tensor.dtype)
+            tensor = (tensor.to(wide) + layer.get_delta_weight(ADAPTER_NAME).to(wide)).to(tensor.dtype).cpu()
         merged[name] = tensor
-    if updates:
-        raise RuntimeError(f"adapters without a weight to merge into: {sorted(updates)}")
+    if adapted:
+        raise RuntimeError(f"adapters without a weight to merge into: {sorted(adapted)}")
     return merged
 
 

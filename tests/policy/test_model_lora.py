@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from tiny_models import build, examples, save, settings
 from torch import Tensor
@@ -94,6 +96,25 @@ def test_merging_gives_the_function_of_the_adapted_model(tmp_path: Path) -> None
     assert (merged - adapted).abs().max() < 2e-5
     assert (adapted - logps(load(tmp_path))).abs().max() > 0.1
     assert torch.equal(logps(loaded), adapted), "merging must leave the model in training alone"
+
+
+def test_merging_holds_one_float32_update_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them together are twice a bf16 model, on a GPU that may hold little more than the model."""
+    loaded = load(save(tmp_path), lora=LORA)
+    original = Linear.get_delta_weight
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def counted(self: Linear, adapter: str) -> torch.Tensor:
+        nonlocal most
+        update = original(self, adapter)
+        alive.add(update)
+        most = max(most, len(alive))
+        return update
+
+    monkeypatch.setattr(Linear, "get_delta_weight", counted)
+    merged_state_dict(loaded.model)
+    assert most == 1
 
 
 def move_adapters(loaded: LoadedModel) -> None:
