@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -20,11 +20,19 @@ from dpo_cli.errors import LossInputError
 Normaliser = Literal["pairs", "tokens"]
 # What one training example is for a loss: the data room prepares rows accordingly.
 ExampleKind = Literal["pair", "ranked", "unpaired", "demonstration"]
+# What the output head can tell of each token's distribution beside the target's log-prob: its entropy in nats, whether
+# the target was the most probable token, the sum of its squared probabilities (WPO's weights are made of it).
+Statistic = Literal["entropy", "correct", "sum_squared_probs"]
+# By name, sums over the (weighted) tokens of each response, detached.
+Statistics = Mapping[Statistic, Tensor]
 
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Preference pairs. Every tensor is (pairs,); reference fields are None for losses that need no reference."""
+    """Preference pairs. Every tensor is (pairs,); reference fields are None for losses that need no reference.
+
+    statistics: those the loss declared, each (pairs, 2), chosen first.
+    """
 
     policy_chosen: Tensor
     policy_rejected: Tensor
@@ -32,16 +40,21 @@ class PairLogps:
     reference_rejected: Tensor | None
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    statistics: Statistics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RankedLogps:
-    """Ranked responses, best first. Tensors are (prompts, K); `present` (bool) is False where a prompt has fewer."""
+    """Ranked responses, best first. Tensors are (prompts, K), those of `statistics` too.
+
+    present: bool, False where a prompt has fewer than K.
+    """
 
     policy: Tensor
     reference: Tensor | None
     tokens: Tensor
     present: Tensor
+    statistics: Statistics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class UnpairedLogps:
     """Single responses with a verdict (KTO). Tensors are (examples,); `desirable` is bool.
 
     kl_policy, kl_reference: log-probs of a response that belongs to ANOTHER prompt, for the estimate of the
-    divergence from the reference.
+    divergence from the reference. statistics: of the responses themselves.
     """
 
     policy: Tensor
@@ -58,6 +71,7 @@ class UnpairedLogps:
     desirable: Tensor
     kl_policy: Tensor
     kl_reference: Tensor | None
+    statistics: Statistics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,7 @@ class DemonstrationLogps:
 
     policy: Tensor
     tokens: Tensor
+    statistics: Statistics = field(default_factory=dict)
 
 
 LossInput = PairLogps | RankedLogps | UnpairedLogps | DemonstrationLogps
@@ -95,12 +110,14 @@ class Declaration:
         response tokens that were scored in it.
     needs_reference: reference log-probs are scored (or read) before training.
     couples_batch: a value depends on other examples of the global batch, so the loss must see all of it at once.
+    statistics: what else the output head must tell of the policy; the loss finds it in its input's `statistics`.
     """
 
     takes: type
     normaliser: Normaliser = "pairs"
     needs_reference: bool = True
     couples_batch: bool = False
+    statistics: frozenset[Statistic] = frozenset()
 
     @property
     def kind(self) -> ExampleKind:
@@ -118,7 +135,11 @@ LossFunction = TypeVar("LossFunction", bound=Callable[..., LossValues])
 
 
 def declare(
-    *, normaliser: Normaliser = "pairs", needs_reference: bool = True, couples_batch: bool = False
+    *,
+    normaliser: Normaliser = "pairs",
+    needs_reference: bool = True,
+    couples_batch: bool = False,
+    statistics: Collection[Statistic] = (),
 ) -> Callable[[LossFunction], LossFunction]:
     """Attach a Declaration to a loss; the input type is read from the annotation of its first parameter."""
 
@@ -128,6 +149,7 @@ def declare(
             normaliser=normaliser,
             needs_reference=needs_reference,
             couples_batch=couples_batch,
+            statistics=frozenset(statistics),
         )
         return function
 

@@ -6,6 +6,7 @@ still run. Called without targets, the head does what it always did.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpo_cli.errors import ModelError
+from dpo_cli.losses.types import Statistic, Statistics
 
 # Large enough for the matrix product to run at full speed, small enough to be forgotten next to the activations.
 CHUNK_BYTES = 64 * 2**20
@@ -24,13 +26,11 @@ class TokenScores(NamedTuple):
     """What the head says of each response token; all (R,), float32 (float64 for float64 models).
 
     logps: log-prob of the target in nats, differentiable.
-    entropy: of the predicted distribution, in nats, detached.
-    correct: whether the target was the most probable token, detached.
+    statistics: those that were asked for, detached.
     """
 
     logps: Tensor
-    entropy: Tensor
-    correct: Tensor
+    statistics: Statistics
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LogitTransform:
 
 
 def install_scoring_head(head: nn.Module, transform: LogitTransform, *, chunk_tokens: int | None = None) -> None:
-    """Teach an output head `head(hidden, targets=ids) -> TokenScores`; `head(hidden)` stays as it was.
+    """Teach an output head `head(hidden, targets=ids, statistics=...) -> TokenScores`; `head(hidden)` stays as it was.
 
     chunk_tokens: response tokens per chunk; by default as many as make CHUNK_BYTES of float32 logits.
     """
@@ -78,12 +78,25 @@ def install_scoring_head(head: nn.Module, transform: LogitTransform, *, chunk_to
     plain_forward = head.forward
     chunk = chunk_tokens or max(16, CHUNK_BYTES // (4 * head.out_features))
 
-    def forward(hidden: Tensor, targets: Tensor | None = None) -> Tensor | TokenScores:
+    def forward(
+        hidden: Tensor, targets: Tensor | None = None, statistics: frozenset[Statistic] = frozenset()
+    ) -> Tensor | TokenScores:
         if targets is None:
             return plain_forward(hidden)
-        return TokenScores(*_ChunkedLogps.apply(hidden, head.weight, head.bias, targets, transform, chunk))
+        names = sorted(statistics)
+        logps, *found = _ChunkedLogps.apply(hidden, head.weight, head.bias, targets, transform, chunk, names)
+        return TokenScores(logps, dict(zip(names, found, strict=True)))
 
     head.forward = forward  # type: ignore[method-assign, assignment]
+
+
+# From a chunk's log-probs (tokens, vocabulary) and its targets (tokens,).
+_STATISTICS: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
+    # x * exp(x) with x = -inf would be NaN; a vocabulary entry that is masked out has probability zero.
+    "entropy": lambda logps, _: -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1),
+    "correct": lambda logps, targets: logps.argmax(-1) == targets,
+    "sum_squared_probs": lambda logps, _: (2 * logps).exp().sum(-1),
+}
 
 
 class _ChunkedLogps(torch.autograd.Function):
@@ -98,26 +111,27 @@ class _ChunkedLogps(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
         chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        names: Sequence[Statistic],
+    ) -> tuple[Tensor, ...]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         tokens = len(targets)
-        logps, log_norms, entropy = (torch.empty(tokens, dtype=dtype, device=hidden.device) for _ in range(3))
-        correct = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+        logps, log_norms, *found = (
+            torch.empty(tokens, dtype=dtype, device=hidden.device) for _ in range(2 + len(names))
+        )
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
             wanted = targets[part, None]
             logits = transform(F.linear(hidden[part], weight, bias).to(dtype))
-            correct[part] = logits.argmax(-1) == targets[part]
             log_norm = logits.logsumexp(-1, keepdim=True)
             log_norms[part] = log_norm[:, 0]
             logits.sub_(log_norm)
             logps[part] = logits.gather(-1, wanted)[:, 0]
-            # x * exp(x) with x -> -inf would be NaN; masked-out vocabulary entries have probability zero.
-            entropy[part] = -(logits.exp() * logits.clamp_(min=torch.finfo(dtype).min)).sum(-1)
+            for name, statistic in zip(names, found, strict=True):
+                statistic[part] = _STATISTICS[name](logits, targets[part])
         ctx.save_for_backward(hidden, weight, bias, targets, log_norms)
         ctx.transform, ctx.chunk = transform, chunk
-        ctx.mark_non_differentiable(entropy, correct)
-        return logps, entropy, correct
+        ctx.mark_non_differentiable(*found)
+        return (logps, *found)
 
     @staticmethod
     @once_differentiable
@@ -149,6 +163,7 @@ class _ChunkedLogps(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,

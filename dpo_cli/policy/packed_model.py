@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_cli.batch.layout import PackedRow, PromptWithResponses, pack
+from dpo_cli.losses.types import Statistic
 from dpo_cli.policy.attention import packing, plan_attention
 from dpo_cli.policy.head import LogitTransform, TokenScores, install_scoring_head
 
@@ -32,8 +33,11 @@ class PackedModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def forward(self, row: PackedRow) -> TokenScores:
-        """Score every response token of the row, in the order of `row.targets`: each (R,)."""
+    def forward(self, row: PackedRow, statistics: frozenset[Statistic] = frozenset()) -> TokenScores:
+        """Score every response token of the row, in the order of `row.targets`: each (R,).
+
+        statistics: what to tell of each token's distribution beside the target's log-prob; each costs a little time.
+        """
         row = row.to(self.device)
         plan = plan_attention(row.segments, self.device)
         with packing():
@@ -44,7 +48,7 @@ class PackedModel(nn.Module):
                 segments=plan,
             ).last_hidden_state
         predictors = hidden[0].index_select(0, row.predictors)
-        scores: TokenScores = self.model.get_output_embeddings()(predictors, targets=row.targets)
+        scores: TokenScores = self.model.get_output_embeddings()(predictors, targets=row.targets, statistics=statistics)
         return scores
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dpo_cli.losses.types import (
     LossValues,
     PairLogps,
     RankedLogps,
+    Statistics,
     UnpairedLogps,
     as_loss_values,
     declaration_of,
@@ -30,12 +31,14 @@ class ResponseLogps:
     policy, reference: weighted sums over tokens in nats; reference is None where the loss needs none.
     tokens: the tokens of each, or the sums of their weights.
     per_example: N split by example.
+    statistics: sums over tokens of what the loss declared, each (N,).
     """
 
     policy: Tensor
     reference: Tensor | None
     tokens: Tensor
     per_example: tuple[int, ...]
+    statistics: Statistics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ class Objective:
         if kind == "demonstration":
             # Examples may bring worse responses along for evaluation; the first is the one to imitate.
             starts = _starts(logps.per_example, policy.device)
-            return DemonstrationLogps(policy=policy[starts], tokens=tokens[starts])
+            return DemonstrationLogps(
+                policy=policy[starts], tokens=tokens[starts], statistics=_each(logps.statistics, lambda x: x[starts])
+            )
         if kind == "unpaired":
             return UnpairedLogps(
                 policy=policy[0::2],
@@ -81,6 +86,7 @@ class Objective:
                 desirable=torch.tensor([bool(example.desirable) for example in examples], device=policy.device),
                 kl_policy=policy[1::2],
                 kl_reference=None if reference is None else reference[1::2],
+                statistics=_each(logps.statistics, lambda x: x[0::2]),
             )
         return PairLogps(
             policy_chosen=policy[0::2],
@@ -89,6 +95,7 @@ class Objective:
             reference_rejected=None if reference is None else reference[1::2],
             chosen_tokens=tokens[0::2],
             rejected_tokens=tokens[1::2],
+            statistics=_each(logps.statistics, lambda x: x.view(-1, 2)),
         )
 
     def record(self, sums: MetricSums, values: LossValues, logps: ResponseLogps, examples: Sequence[Example]) -> None:
@@ -132,7 +139,12 @@ def _ranked(logps: ResponseLogps) -> RankedLogps:
         reference=None if logps.reference is None else logps.reference[flat],
         tokens=logps.tokens[flat],
         present=present,
+        statistics=_each(logps.statistics, lambda x: x[flat]),
     )
+
+
+def _each(statistics: Statistics, select: Callable[[Tensor], Tensor]) -> Statistics:
+    return {name: select(sums) for name, sums in statistics.items()}
 
 
 def _trained_tokens(example: Example, trained_responses: int | None) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,12 +15,15 @@ from dpo_cli.batch.plan import microbatches
 from dpo_cli.data.example import Example, Examples
 from dpo_cli.engine.single_device import SingleDeviceEngine
 from dpo_cli.errors import NonFiniteError
+from dpo_cli.losses.types import Statistic
 from dpo_cli.policy.head import TokenScores
 from dpo_cli.reference.sums import ReferenceSums
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.objective import Objective, ResponseLogps
 
-Scorer = Callable[[PackedRow], TokenScores]
+Scorer = Callable[[PackedRow, frozenset[Statistic]], TokenScores]
+# What every training step and evaluation logs of the policy's distributions.
+_LOGGED: frozenset[Statistic] = frozenset({"entropy", "correct"})
 Indices = Sequence[int] | NDArray[np.int64]
 
 
@@ -92,7 +95,7 @@ def _independent_backward(
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for micro in micros:
         row = pack(micro.examples, first_responses=objective.trained_responses)
-        logps = _response_logps(row, micro, score, objective.trained_responses, device, metrics)
+        logps = _response_logps(row, micro, score, objective, objective.trained_responses, device, metrics)
         values = objective(logps, micro.examples)
         share = values.values.sum() / normaliser
         engine.backward(share)
@@ -113,9 +116,9 @@ def _coupled_backward(
 ) -> tuple[Tensor, int]:
     """A loss that couples the batch sees all of it at once: d loss / d log-probs there, then back through each part."""
     examples = [example for micro in micros for example in micro.examples]
-    whole = _whole_batch(micros, score, device, metrics)
+    whole = _whole_batch(micros, score, objective, device, metrics)
     leaf = whole.policy.detach().requires_grad_()
-    values = objective(ResponseLogps(leaf, whole.reference, whole.tokens, whole.per_example), examples)
+    values = objective(replace(whole, policy=leaf), examples)
     loss = values.values.sum() / normaliser
     (slopes,) = torch.autograd.grad(loss, leaf)
     objective.record(metrics, values, whole, examples)
@@ -127,23 +130,26 @@ def _coupled_backward(
         trained = torch.cat([part[:first] for part in slopes[start:stop].split(counts)])
         start = stop
         row = pack(micro.examples, first_responses=first)
-        engine.backward((sum_by_response(row.to(device), score(row).logps) * trained).sum())
+        engine.backward((sum_by_response(row.to(device), score(row, frozenset()).logps) * trained).sum())
         tokens += len(row.input_ids)
     return loss.detach(), tokens
 
 
 @torch.no_grad()
 def _whole_batch(
-    micros: Sequence[MicroBatch], score: Scorer, device: torch.device, metrics: MetricSums
+    micros: Sequence[MicroBatch], score: Scorer, objective: Objective, device: torch.device, metrics: MetricSums
 ) -> ResponseLogps:
     """All responses of all micro-batches, without gradient."""
-    parts = [_response_logps(pack(micro.examples), micro, score, None, device, metrics) for micro in micros]
+    parts = [_response_logps(pack(micro.examples), micro, score, objective, None, device, metrics) for micro in micros]
     references = [part.reference for part in parts if part.reference is not None]
     return ResponseLogps(
         policy=torch.cat([part.policy for part in parts]),
         reference=torch.cat(references) if references else None,
         tokens=torch.cat([part.tokens for part in parts]),
         per_example=tuple(count for part in parts for count in part.per_example),
+        statistics={
+            name: torch.cat([part.statistics[name] for part in parts]) for name in objective.declaration.statistics
+        },
     )
 
 
@@ -151,19 +157,22 @@ def _response_logps(
     row: PackedRow,
     micro: MicroBatch,
     score: Scorer,
+    objective: Objective,
     first_responses: int | None,
     device: torch.device,
     metrics: MetricSums,
 ) -> ResponseLogps:
     row = row.to(device)
-    scores = score(row)
-    metrics.add("entropy", scores.entropy)
-    metrics.add("mean_token_accuracy", scores.correct)
+    declared = objective.declaration.statistics
+    scores = score(row, _LOGGED | declared)
+    metrics.add("entropy", scores.statistics["entropy"])
+    metrics.add("mean_token_accuracy", scores.statistics["correct"])
     return ResponseLogps(
         policy=sum_by_response(row, scores.logps),
         reference=micro.reference(first_responses, device),
         tokens=tokens_by_response(row),
         per_example=row.responses_per_example,
+        statistics={name: sum_by_response(row, scores.statistics[name]) for name in declared},
     )
 
 
@@ -182,7 +191,7 @@ def evaluate(
     for indices in _groups(len(data.examples), global_pairs):
         micros = data.microbatches(indices, tokens_per_microbatch=tokens_per_microbatch)
         examples = [example for micro in micros for example in micro.examples]
-        whole = _whole_batch(micros, score, device, metrics)
+        whole = _whole_batch(micros, score, objective, device, metrics)
         values = objective(whole, examples)
         total += values.values.sum()
         normaliser += objective.normaliser(examples)
@@ -203,10 +212,8 @@ def starting_loss(
     """The loss of some examples as the policy stands, and what it would be if the policy equalled its reference."""
     micros = data.microbatches(indices, tokens_per_microbatch=tokens_per_microbatch)
     examples = [example for micro in micros for example in micro.examples]
-    whole = _whole_batch(micros, score, device, MetricSums())
-    at_reference = ResponseLogps(
-        policy=whole.policy, reference=whole.policy, tokens=whole.tokens, per_example=whole.per_example
-    )
+    whole = _whole_batch(micros, score, objective, device, MetricSums())
+    at_reference = replace(whole, reference=whole.policy)
     normaliser = objective.normaliser(examples)
     found, expected = (float(objective(logps, examples).values.sum()) / normaliser for logps in (whole, at_reference))
     return found, expected

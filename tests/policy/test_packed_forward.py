@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, EXACT_GRADIENTS, REFUSED_ARCHITECTURES, build, examples, plain_logps
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from dpo_cli.batch.layout import pack, sum_by_response
 from dpo_cli.errors import ModelError
+from dpo_cli.losses.types import Statistic
 from dpo_cli.policy.packed_model import PackedModel
 
 
@@ -76,34 +79,40 @@ def test_gradient_checkpointing_changes_no_number(name: str) -> None:
     assert largest_relative_difference(wanted, gradients(model, again)) == 0
 
 
+EVERYTHING = frozenset(get_args(Statistic))
+
+
 @pytest.mark.parametrize("name", ["qwen2", "phi", "gemma3-softcap", "cohere"])
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
 def test_the_head_s_chunk_size_changes_nothing(name: str, chunk_tokens: int) -> None:
     row = pack(examples(responses=2))
     model = build(name)
-    whole = PackedModel(model)(row)
+    whole = PackedModel(model)(row, EVERYTHING)
     wanted = gradients(model, whole.logps)
     model = build(name)
-    chunked = PackedModel(model, chunk_tokens=chunk_tokens)(row)
+    chunked = PackedModel(model, chunk_tokens=chunk_tokens)(row, EVERYTHING)
     assert (whole.logps - chunked.logps).abs().max() < 1e-12
-    assert (whole.entropy - chunked.entropy).abs().max() < 1e-12
-    assert torch.equal(whole.correct, chunked.correct)
+    for name, statistic in whole.statistics.items():
+        assert (statistic - chunked.statistics[name]).abs().max() < 1e-12
     assert largest_relative_difference(wanted, gradients(model, chunked.logps)) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3-softcap", "granite", "phi"])
-def test_entropy_and_accuracy_are_those_of_the_full_distribution(name: str) -> None:
+def test_statistics_are_those_of_the_full_distribution(name: str) -> None:
     model, rows = build(name), examples(responses=1)
-    scores = PackedModel(model)(pack(rows))
-    entropy, correct = [], []
+    scores = PackedModel(model)(pack(rows), EVERYTHING)
+    entropy, correct, squared = [], [], []
     for example in rows:
         ids = torch.tensor([*example.prompt, *example.responses[0]])
         distribution = model(input_ids=ids[None]).logits[0, len(example.prompt) - 1 : -1].log_softmax(-1)
         entropy.append(-(distribution.exp() * distribution).sum(-1))
         correct.append(distribution.argmax(-1) == ids[len(example.prompt) :])
-    assert (scores.entropy - torch.cat(entropy)).abs().max() < 1e-10
-    assert torch.equal(scores.correct, torch.cat(correct))
-    assert not scores.entropy.requires_grad
+        squared.append(distribution.exp().square().sum(-1))
+    assert (scores.statistics["entropy"] - torch.cat(entropy)).abs().max() < 1e-10
+    assert torch.equal(scores.statistics["correct"], torch.cat(correct).double())
+    assert (scores.statistics["sum_squared_probs"] - torch.cat(squared)).abs().max() < 1e-10
+    assert not any(statistic.requires_grad for statistic in scores.statistics.values())
+    assert PackedModel(build(name))(pack(rows)).statistics == {}
 
 
 def test_tied_embeddings_get_the_gradient_of_both_their_uses() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from dpo_cli.batch.layout import pack, sum_by_response
 from dpo_cli.data.example import Example
 from dpo_cli.engine.single_device import OptimizerSettings, SingleDeviceEngine
 from dpo_cli.errors import NonFiniteError
@@ -130,14 +131,32 @@ def test_a_coupled_loss_gets_the_gradient_of_the_whole_batch_at_once() -> None:
     _, found, _ = gradient(loss, cut(examples, [2, 4, 3]))
 
     packed = packed_model()
-    from dpo_cli.batch.layout import pack, sum_by_response
-
     row = pack(examples)
     sums = sum_by_response(row, packed(row).logps)
     margins = 0.2 * (sums[0::2] - sums[1::2])
     (((margins - margins.mean()).square() + margins).sum() / 9).backward()
     for name, parameter in packed.model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_loss_gets_the_statistics_it_declares_summed_by_response(coupled: bool) -> None:
+    seen = []
+
+    @declare(statistics=["entropy", "sum_squared_probs"], couples_batch=coupled)
+    def weighted(pair: PairLogps) -> LossValues:
+        seen.append(pair.statistics)
+        return LossValues(values=-pair.policy_chosen)
+
+    examples = random_examples(6)
+    gradient(weighted, cut(examples, [6]))
+    packed = packed_model()
+    scores = packed(pack(examples), frozenset({"entropy", "sum_squared_probs"}))
+    assert seen[0].keys() == {"entropy", "sum_squared_probs"}
+    for name, found in seen[0].items():
+        expected = sum_by_response(pack(examples), scores.statistics[name]).view(-1, 2)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        assert not found.requires_grad
 
 
 def test_ktos_divergence_is_taken_over_the_global_batch() -> None:
