@@ -37,7 +37,7 @@ class ModelConfig(Section):
 
 
 class DataSource(Section):
-    """One entry of data.train or data.eval. weight: how often its rows are shown, relative to the others."""
+    """One entry of data.train or data.eval. weight: how often an epoch shows each of its rows."""
 
     path: Name
     weight: Positive = 1.0

@@ -125,8 +125,19 @@ class _Run:
         )
         for line in data.report.lines():
             self.console.say(line)
+        self._warn_of_large_examples(data)
         write_json(self.run_dir / "data.json", data.report.as_dict())
         return data
+
+    def _warn_of_large_examples(self, data: PreparedData) -> None:
+        """data.max_tokens bounds prompt + longest response; an example has several responses."""
+        budget = self.config.tokens_per_microbatch
+        over = int((data.train.sizes > budget).sum())
+        if over:
+            self.console.say(
+                f"note: {over:,} examples have more than tokens_per_microbatch={budget:,} tokens in all, up to "
+                f"{int(data.train.sizes.max()):,}; each of them goes through the model alone"
+            )
 
     @property
     def _store_dir(self) -> Path:
