@@ -22,7 +22,8 @@ from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.objective import Objective, ResponseLogps
 
 Scorer = Callable[[PackedRow, frozenset[Statistic]], TokenScores]
-# What every training step and evaluation logs of the policy's distributions.
+# What every training step and evaluation logs of the policy's distributions: the entropy of the responses that are
+# trained on, and how often the most probable token is that of the first response (TRL's mean_token_accuracy).
 _LOGGED: frozenset[Statistic] = frozenset({"entropy", "correct"})
 Indices = Sequence[int] | NDArray[np.int64]
 
@@ -165,8 +166,10 @@ def _response_logps(
     row = row.to(device)
     declared = objective.declaration.statistics
     scores = score(row, _LOGGED | declared)
-    metrics.add("entropy", scores.statistics["entropy"])
-    metrics.add("mean_token_accuracy", scores.statistics["correct"])
+    firsts = _of_first_responses(row)
+    # A response borrowed from another prompt, or one that is only evaluated, is no example of what is being learnt.
+    metrics.add("entropy", scores.statistics["entropy"], None if objective.trained_responses is None else firsts)
+    metrics.add("mean_token_accuracy", scores.statistics["correct"], firsts)
     return ResponseLogps(
         policy=sum_by_response(row, scores.logps),
         reference=micro.reference(first_responses, device),
@@ -174,6 +177,14 @@ def _response_logps(
         per_example=row.responses_per_example,
         statistics={name: sum_by_response(row, scores.statistics[name]) for name in declared},
     )
+
+
+def _of_first_responses(row: PackedRow) -> Tensor:
+    """(R,) True for the tokens of each example's first response: the chosen, the best, the one to imitate."""
+    counts = torch.tensor(row.responses_per_example)
+    first = torch.zeros(row.responses, dtype=torch.bool)
+    first[counts.cumsum(0) - counts] = True
+    return first.to(row.response_of_token.device, non_blocking=True)[row.response_of_token]
 
 
 @torch.no_grad()

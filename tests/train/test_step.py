@@ -23,9 +23,10 @@ from dpo_cli.losses.plackett_luce import plackett_luce_loss
 from dpo_cli.losses.sft_ref import sft_ref_loss
 from dpo_cli.losses.types import LossValues, PairLogps, UnpairedLogps, declare
 from dpo_cli.policy.packed_model import PackedModel, score_examples
+from dpo_cli.reference.sums import ReferenceSums
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.objective import Objective
-from dpo_cli.train.step import MicroBatch, accumulate_gradient, blame_non_finite
+from dpo_cli.train.step import MicroBatch, PreferenceData, accumulate_gradient, blame_non_finite, evaluate
 
 CPU = torch.device("cpu")
 
@@ -65,6 +66,21 @@ def cut(examples: list[Example], sizes: list[int], reference: bool = True) -> li
         micros.append(MicroBatch(examples=tuple(part), references=sums if reference else None))
         start += size
     return micros
+
+
+class Listed(list[Example]):
+    """Examples in memory, as the data room would hand them over."""
+
+    @property
+    def sizes(self) -> Any:
+        return np.array([example.packed_tokens for example in self], dtype=np.int32)
+
+
+def reference_of(examples: list[Example]) -> ReferenceSums:
+    counts = [len(example.responses) for example in examples]
+    return ReferenceSums(
+        np.arange(len(examples)), np.cumsum([0, *counts]), -np.arange(sum(counts), dtype=np.float64), data=""
+    )
 
 
 def gradient(loss: Callable[..., Any], micros: list[MicroBatch]) -> tuple[float, dict[str, torch.Tensor], MetricSums]:
@@ -212,3 +228,21 @@ def test_unpaired_metrics_are_means_over_their_own_side() -> None:
     rejected = [s for s, e in zip(sums, examples, strict=True) if not e.desirable]
     assert means["logps/chosen"] == pytest.approx(np.mean(chosen))
     assert means["logps/rejected"] == pytest.approx(np.mean(rejected))
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "sft_ref"])
+def test_token_accuracy_is_the_first_responses_and_entropy_that_of_what_is_trained(name: str) -> None:
+    """Not of responses that KTO borrows from other prompts, nor of worse ones that ride along with demonstrations."""
+    loss, _ = LOSSES[name]
+    examples = random_examples(9)
+    packed, found = packed_model(), {}
+    asked: frozenset[Any] = frozenset({"entropy", "correct"})
+    for responses in (1, 2):
+        statistics = [packed(pack([e], first_responses=responses), asked).statistics for e in examples]
+        found[responses] = {key: torch.cat([each[key] for each in statistics]).mean().item() for key in asked}
+    data = PreferenceData(Listed(examples), reference_of(examples))
+    evaluated = evaluate(data, packed, Objective.of(loss), global_pairs=4, tokens_per_microbatch=40, device=CPU)
+    trained = gradient(loss, cut(examples, [4, 5]))[2].means()
+    for metrics in (evaluated, trained):
+        assert metrics["mean_token_accuracy"] == pytest.approx(found[1]["correct"])
+        assert metrics["entropy"] == pytest.approx(found[2 if name == "dpo" else 1]["entropy"])
