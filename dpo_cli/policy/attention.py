@@ -188,14 +188,24 @@ def _attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float | No
         return states.index_select(0, rows).view(n, length, *states.shape[1:]).transpose(1, 2)
 
     causal = bucket.causal and (window is None or depth <= window)
-    attended = F.scaled_dot_product_attention(
+    queries, keys, values = (
         gather(q, bucket.queries, width),
         gather(k, bucket.keys, depth),
         gather(v, bucket.keys, depth),
+    )
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and not causal and q.is_cuda:
+        # CUDA's fused kernels take grouped queries or a mask, not both; what is left then holds all scores in memory.
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+        groups = 1
+    attended = F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
         attn_mask=None if causal else bucket.mask(window),
         is_causal=causal,
         scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=groups > 1,
     )
     return attended.transpose(1, 2).reshape(n * width, *attended.shape[1::2])
 

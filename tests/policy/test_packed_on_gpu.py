@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCABULARY, build, examples, plain_logps, save, settings
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpo_cli.batch.layout import pack, sum_by_response
 from dpo_cli.policy.load import load_model
@@ -96,3 +97,12 @@ def test_gradient_checkpointing_with_lora_trains_on_the_gpu(tmp_path: Path) -> N
     moved = [p for name, p in loaded.model.named_parameters() if "lora_B" in name]
     assert moved
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in moved)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "mistral-sliding"])
+def test_grouped_queries_run_on_fused_kernels_alone(name: str) -> None:
+    """The plain kernel keeps every score of every head in float32: gigabytes a layer for long rows."""
+    packed = PackedModel(build(name, dtype=torch.bfloat16).cuda())
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    with sdpa_kernel(fused):
+        packed(pack(ROWS)).logps.sum().backward()
