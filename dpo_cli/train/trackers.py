@@ -21,11 +21,11 @@ class Trackers:
         return cls(None if logger.tensorboard is None else run_dir / logger.tensorboard.folder)
 
     def begin(self, after_step: int) -> None:
-        """Open the tracker; what it holds of later steps than `after_step` is superseded."""
+        """Open the tracker; what it holds of later steps than `after_step` is superseded, at 0 all that it holds."""
         if self._folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=after_step + 1 if after_step else None)
+            self._writer = SummaryWriter(str(self._folder), purge_step=after_step + 1 if after_step else 0)
 
     def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         if self._writer is not None:
