@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpo_cli.errors import ModelError
+from dpo_cli.errors import DpoError, ModelError
 from dpo_cli.paths import resolve_path
 
 # What a model needs and nothing else: original-format duplicates and pickles can double a download.
@@ -21,6 +22,7 @@ _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # The header of any real model is below this; a larger number means the file is not safetensors at all.
 _MAX_HEADER_BYTES = 100_000_000
@@ -38,19 +40,20 @@ def resolve_model_folder(path: str, revision: str | None = None, *, trust_remote
         raise ModelError("A model is a folder, and this is a file.", where=str(local), hint=f"name {local.parent}")
     # One slash at most, and no path prefix: anything else can only have been meant as a folder.
     if not _HUB_NAME.fullmatch(path):
-        raise ModelError(
-            f"There is no model folder {path}.", hint="check the path, or give a hub name such as org/model"
-        )
+        raise _no_folder(path)
     return _download(path, revision, HUB_FILES + (REMOTE_CODE_FILES if trust_remote_code else ()))
+
+
+def _no_folder(path: str) -> ModelError:
+    return ModelError(f"There is no model folder {path}.", hint="check the path, or give a hub name such as org/model")
 
 
 def _download(name: str, revision: str | None, files: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -81,7 +84,17 @@ def _download(name: str, revision: str | None, files: Iterable[str]) -> Path:
             f"There is neither a folder {name} here nor a model of that name on the hub that you may read.",
             hint="check the spelling; for a private model, log in with `hf auth login`",
         ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except HFValidationError:
+        raise _no_folder(name) from None
+    except DpoError:
+        raise  # a signal that came while the hub was at work
+    except Exception as error:  # the hub library's HTTP client, and so its errors, differ between versions
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise ModelError(
+                f"The model {name} cannot be stored: {error.strerror}.",
+                where=error.filename,
+                hint="free some space, or set HF_HOME to a folder on another disk",
+            ) from None
         try:
             return fetch(cached_only=True)
         except (LocalEntryNotFoundError, OSError):

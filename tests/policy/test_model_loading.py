@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import SIZES, build, examples, save, settings, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -92,6 +94,32 @@ def test_a_name_the_hub_cannot_supply(monkeypatch: pytest.MonkeyPatch, tmp_path:
     message = fails("nobody/no-such-model")
     assert "no folder nobody/no-such-model here" in message
     assert "hub could not be reached" in message
+
+
+class OtherClientsTimeout(Exception):
+    """The hub library's HTTP client has changed before; its errors are no OSErrors."""
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (OtherClientsTimeout(), "hub could not be reached for it (OtherClientsTimeout)"),
+        (OSError(errno.ENOSPC, "No space left on device", "/cache/blob"), "cannot be stored: No space left on device"),
+    ],
+)
+def test_what_fails_on_the_way_from_the_hub_is_told(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, said: str
+) -> None:
+    def download(*args: object, local_files_only: bool, **settings: object) -> str:
+        raise LocalEntryNotFoundError("not in the cache") if local_files_only else failure
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert said in fails("nobody/no-such-model")
+
+
+@pytest.mark.parametrize("name", ["a..b", "org/a--b", "org/model.git"])
+def test_a_name_that_can_be_no_hub_name(name: str) -> None:
+    assert f"no model folder {name}" in fails(name)
 
 
 def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
