@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dpo_cli.atomic import write_json
+from dpo_cli.atomic import json_bytes, write_json
+from dpo_cli.errors import CheckpointError
 from dpo_cli.paths import resolve_path
 from dpo_cli.policy.load import LoadedModel
 from dpo_cli.rollout.exact_match import Difference, Problem, exact_match, load_problems, paired_difference
@@ -24,7 +26,8 @@ class TaskAccuracy:
     """Exact match on a file of problems, before and after training, on the very same problems.
 
     encode: from a prompt's text to token ids, as the training data saw prompts.
-    The outcome before training is kept in the run folder, so that a resumed run need not find it again.
+    The outcome before training is kept in the run folder, so that a resumed run need not find it again, unless it
+    asks other problems.
     """
 
     problems: Sequence[Problem]
@@ -43,18 +46,38 @@ class TaskAccuracy:
         )
 
     def before(self, policy: LoadedModel, console: RunConsole) -> None:
-        if not self.file.exists():
+        """policy: as it starts; a resumed run calls this before it restores the checkpoint."""
+        if self._kept() is None:
             solved = self._solve(policy)
-            write_json(self.file, {"before": solved.astype(int).tolist()})
+            write_json(self.file, {"asked": self._asked, "before": solved.astype(int).tolist()})
             console.say(f"exact match before training: {solved.mean():.1%} of {len(solved):,} problems")
 
     def after(self, policy: LoadedModel, console: RunConsole) -> Difference:
-        kept = json.loads(self.file.read_text())
+        kept = self._kept()
+        if kept is None:
+            raise CheckpointError(
+                "The task accuracy before training is missing or of other problems.",
+                where=str(self.file),
+                hint="resume= the run folder, which finds it again",
+            )
         solved = self._solve(policy)
         write_json(self.file, kept | {"after": solved.astype(int).tolist()})
         difference = paired_difference(np.array(kept["before"], bool), solved)
         console.heading(describe_difference(difference, len(solved)))
         return difference
+
+    @property
+    def _asked(self) -> str:
+        """Hexadecimal digits over everything but the policy that decides an outcome."""
+        problems = [(problem.prompt, str(problem.answer)) for problem in self.problems]
+        return hashlib.blake2b(json_bytes([self.max_new_tokens, problems]), digest_size=16).hexdigest()
+
+    def _kept(self) -> dict[str, Any] | None:
+        try:
+            kept: dict[str, Any] = json.loads(self.file.read_bytes())
+            return kept if kept["asked"] == self._asked else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
 
     def _solve(self, policy: LoadedModel) -> NDArray[np.bool_]:
         return exact_match(
