@@ -227,8 +227,3 @@ def _check_shape(what: str, tensor: Tensor, n: int, *, leading_only: bool = Fals
             f"The loss returned {what} of shape {tuple(tensor.shape)} for {n} examples.",
             hint=f"return one value per example, shape ({n},), not their mean or sum: the training loop divides once",
         )
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask` holds; 0 where nothing does."""
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)

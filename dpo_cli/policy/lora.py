@@ -143,10 +143,6 @@ def _last_part(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
-def has_lora(model: nn.Module) -> bool:
-    return any(isinstance(module, LoraLayer) for module in model.modules())
-
-
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict the model would have with its LoRA adapters merged in; the model itself is left alone.
