@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor
 
 from dpo_cli.errors import LossInputError
