@@ -71,6 +71,10 @@ class CheckpointError(DpoError):
     """A run folder or checkpoint cannot be written, read, or resumed as asked."""
 
 
+class OutOfMemory(DpoError):
+    """The device's memory does not hold what was asked of it."""
+
+
 class NonFiniteError(DpoError):
     """A loss or gradient became NaN or infinite; the weights were not moved."""
 

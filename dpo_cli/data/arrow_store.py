@@ -231,11 +231,17 @@ def _cut_up(flat: NDArray[Any], lengths: IntArray) -> tuple[NDArray[Any], ...]:
 
 
 def partners_with_other_prompts(prompt_keys: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """For each example the next one, cyclically, whose prompt differs; None when all prompts are the same."""
+    """For each example one of the next prompt, cyclically; None when all prompts are the same.
+
+    Of a prompt with several rows, such as the two sides of a pair, the first lends its response to the first row of
+    the prompt before it, the second to the second: always the first would leave out all rejected responses.
+    """
     count = len(prompt_keys)
-    twice = np.concatenate([prompt_keys, prompt_keys])
-    changes = np.nonzero(twice[1:] != twice[:-1])[0] + 1  # where a run of another prompt begins
+    around = np.concatenate([prompt_keys] * 4)  # enough that every run of equal keys below begins and ends inside
+    changes = np.nonzero(around[1:] != around[:-1])[0] + 1  # where a run of another prompt begins
     if not len(changes):
         return None
-    following = changes[np.searchsorted(changes, np.arange(count), side="right")]
-    return (following % count).astype(np.int64)
+    here = np.arange(count) + count
+    own = np.searchsorted(changes, here, side="right")
+    began, following, ended = changes[own - 1], changes[own], changes[own + 1]
+    return ((following + (here - began) % (ended - following)) % count).astype(np.int64)

@@ -101,6 +101,7 @@ class SingleDeviceEngine:
         with torch.no_grad():
             for name, master in self._masters.items():
                 master.copy_(weights[name])
+        fused = self._settings.name == "adamw"
         by_parameter: dict[str, dict[str, Any]] = {}
         for path, value in optimizer_tensors.items():
             name, key = path.rsplit("/", 1)
@@ -108,8 +109,8 @@ class SingleDeviceEngine:
         for name, entries in by_parameter.items():
             master = self._masters[name]
             self._optimizer.state[master] = {
-                # Step counters live where the optimiser put them, on the host unless it is fused on a GPU.
-                key: value.clone() if key == "step" and not master.is_cuda else value.to(master.device).clone()
+                # A step counter lives where the optimiser puts it: on the host, unless the optimiser is fused.
+                key: value.clone() if key == "step" and not fused else value.to(master.device).clone()
                 for key, value in entries.items()
             }
         self._publish()

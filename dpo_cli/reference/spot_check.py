@@ -98,6 +98,15 @@ def spot_check(
     return SpotCheck(responses, tokens, largest, tolerance)
 
 
+def largest_rounding(dtype: str, *, brought: bool) -> float:
+    """How far a response's log-prob may be off by rounding, over the square root of its tokens, in nats.
+
+    brought: the values came with the data, computed elsewhere in a dtype nobody noted.
+    """
+    noise = tolerance_per_token(dtype)
+    return _room(np.ones(1, np.float32), max(noise, _NOISE_PER_TOKEN["bfloat16"]) if brought else noise)
+
+
 def _room(weights: FloatArray, noise: float) -> float:
     """How far a sum over tokens, or the Euclidean norm of their differences, may be off by rounding.
 

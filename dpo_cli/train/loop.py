@@ -11,13 +11,12 @@ import torch
 
 from dpo_cli.batch.order import global_batch, steps_per_epoch
 from dpo_cli.engine.single_device import SingleDeviceEngine
-from dpo_cli.policy.packed_model import PackedModel
+from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.checkpoint import Checkpoint, CheckpointStore
 from dpo_cli.train.console import RunConsole
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.metrics_log import MetricsLog
-from dpo_cli.train.objective import Objective
-from dpo_cli.train.step import PreferenceData, accumulate_gradient, blame_non_finite, evaluate
+from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.trackers import Trackers
 
@@ -40,11 +39,16 @@ class LoopSettings:
 
 @dataclass
 class Progress:
-    """Where a run stands: all that a checkpoint keeps beside weights, optimiser and random state."""
+    """Where a run stands: all that a checkpoint keeps beside weights, optimiser and random state.
+
+    window: metrics since the last line of training metrics. evaluation_due: the held-out metrics of this step are
+    still to be taken, as they are before the first step, or when a stop was requested before they were done.
+    """
 
     step: int = 0
     tokens: int = 0
     window: MetricSums = field(default_factory=MetricSums)
+    evaluation_due: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,8 @@ class Training:
     """Everything the loop works with, assembled by `run_training`."""
 
     settings: LoopSettings
-    score: PackedModel
+    loss: BatchLoss
     engine: SingleDeviceEngine
-    objective: Objective
     train: PreferenceData
     held_out: PreferenceData | None
     schedule: Callable[[int], float]
@@ -63,12 +66,11 @@ class Training:
     trackers: Trackers
     console: RunConsole
     stop: StopRequest
-    device: torch.device
 
     def run(self, progress: Progress) -> None:
         """Train from `progress` to the last step. Raises Interrupted after saving when a stop was requested."""
         settings = self.settings
-        if progress.step == 0:
+        if progress.evaluation_due:
             self._evaluate(progress)
         clock = _Clock()
         with self.stop.deferred(), self.console.progress("training", settings.total_steps, progress.step):
@@ -83,11 +85,11 @@ class Training:
                     tokens_per_microbatch=settings.tokens_per_microbatch,
                 )
                 clock.data_ready()
-                outcome = accumulate_gradient(micros, self.score, self.objective, self.engine, self.device)
+                outcome = self.loss.accumulate_gradient(micros, self.engine)
                 # The one host-device synchronisation of a step.
                 loss, norm = torch.stack((outcome.loss, outcome.gradient_norm.double())).tolist()
                 if not (abs(loss) < float("inf") and norm < float("inf")):
-                    raise blame_non_finite(micros, self.score, self.objective, self.engine, self.device)
+                    raise self.loss.blame(micros, self.engine)
                 learning_rate = self.schedule(progress.step)
                 self.engine.step(learning_rate, outcome.gradient_norm)
 
@@ -100,13 +102,13 @@ class Training:
                     self._log(progress, {"grad_norm": norm, "learning_rate": learning_rate, **clock.read()})
                 self.console.advance(progress.step)
                 if last or _due(progress.step, settings.eval_every):
+                    progress.evaluation_due = True
                     self._evaluate(progress)
                     clock = _Clock()
                 if last or _due(progress.step, settings.save_every) or self.stop.requested:
                     self._save(progress)
                     clock = _Clock()
-                if not last:
-                    self.stop.check(f"Step {progress.step} of {settings.total_steps} is saved.")
+                self.stop.check(f"Step {progress.step} of {settings.total_steps} is saved.")
 
     def restore(self, checkpoint: Checkpoint) -> Progress:
         """Put weights, optimiser and random state back; the position comes back as Progress."""
@@ -114,13 +116,11 @@ class Training:
         self.engine.load(tensors["policy"], tensors.get("optimizer", {}))
         restore_random_state(tensors["rng"])
         return Progress(
-            step=state["step"], tokens=state["tokens"], window=MetricSums.from_state(state["window"], self.device)
+            step=state["step"],
+            tokens=state["tokens"],
+            window=MetricSums.from_state(state["window"], self.loss.device),
+            evaluation_due=state["evaluation_due"],
         )
-
-    def forget_after(self, step: int, *, began: bool) -> None:
-        """Take back what was recorded after the checkpoint being resumed; a run without one begins its record anew."""
-        self.metrics.truncate_after(step if began else -1)
-        self.trackers.begin(step)
 
     def _save(self, progress: Progress) -> None:
         self.metrics.sync()
@@ -132,7 +132,12 @@ class Training:
                 "optimizer": self.engine.optimizer_tensors(),
                 "rng": random_state(),
             },
-            {"step": progress.step, "tokens": progress.tokens, "window": progress.window.state()},
+            {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "window": progress.window.state(),
+                "evaluation_due": progress.evaluation_due,
+            },
         )
 
     def _log(self, progress: Progress, extra: dict[str, float]) -> None:
@@ -143,16 +148,18 @@ class Training:
         self.console.advance(progress.step, metrics)
 
     def _evaluate(self, progress: Progress) -> None:
-        if self.held_out is None:
+        """Take the held-out metrics, unless a stop was requested: the steps are to be saved first."""
+        metrics: dict[str, float] | None = {}
+        if self.held_out is not None:
+            metrics = self.loss.evaluate(
+                self.held_out,
+                global_pairs=self.settings.global_pairs,
+                tokens_per_microbatch=self.settings.tokens_per_microbatch,
+                should_stop=lambda: self.stop.requested is not None,
+            )
+        progress.evaluation_due = metrics is None
+        if not metrics:
             return
-        metrics = evaluate(
-            self.held_out,
-            self.score,
-            self.objective,
-            global_pairs=self.settings.global_pairs,
-            tokens_per_microbatch=self.settings.tokens_per_microbatch,
-            device=self.device,
-        )
         metrics = self._with_derived(metrics) | {"epoch": self._epoch(progress.step)}
         self._record(progress.step, "eval", metrics)
 

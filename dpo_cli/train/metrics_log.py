@@ -48,8 +48,11 @@ class MetricsLog:
             except OSError as error:
                 raise self._unwritable(error) from error
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps, and any that are not whole; the file is replaced in one go."""
+    def truncate_after(self, step: int, *, evaluation_due: bool = False) -> None:
+        """Drop the lines of later steps, and any that are not whole; the file is replaced in one go.
+
+        evaluation_due: the evaluation of `step` itself will be recorded again, so its line is dropped too.
+        """
         self.close()
         if not self.path.exists():
             return
@@ -57,7 +60,9 @@ class MetricsLog:
             with replacing(self.path) as temporary, self.path.open("rb") as old, temporary.open("wb") as new:
                 for line in old:
                     row = _parse(line)
-                    if row is not None and row["step"] <= step:
+                    if row is None or row["step"] > step:
+                        continue
+                    if not (evaluation_due and row["step"] == step and row["split"] == "eval"):
                         new.write(line)
         except OSError as error:
             raise self._unwritable(error) from error

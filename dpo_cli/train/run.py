@@ -15,30 +15,30 @@ from dpo_cli.batch.order import examples_shown, global_batch
 from dpo_cli.config.schema import Config
 from dpo_cli.data.prepare import PreparedData, prepare_data
 from dpo_cli.engine.single_device import SingleDeviceEngine
-from dpo_cli.errors import CheckpointError, Interrupted, StoreError
+from dpo_cli.errors import CheckpointError, Interrupted, OutOfMemory, StoreError
 from dpo_cli.policy.folder import resolve_model_folder
 from dpo_cli.policy.load import LoadedModel, load_model, load_reference
 from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.policy.self_test import packed_self_test
 from dpo_cli.policy.tokenizer import load_tokenizer, read_stop_token_ids
 from dpo_cli.reference.identity import model_identity
+from dpo_cli.reference.spot_check import largest_rounding
+from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.checkpoint import CheckpointStore
 from dpo_cli.train.console import RunConsole
 from dpo_cli.train.device import choose_device, describe, environment, make_repeatable
 from dpo_cli.train.final import completed_run, write_final
 from dpo_cli.train.loop import LoopSettings, Progress, Training
 from dpo_cli.train.metrics_log import MetricsLog
+from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.objective import Objective
 from dpo_cli.train.parts import build_loss, loop_settings, optimizer_settings, reference_name, schedule_of
 from dpo_cli.train.reference_pass import ReferencePass, release_memory
-from dpo_cli.train.step import PreferenceData, starting_loss
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.task_accuracy import TaskAccuracy, prompt_encoder
 from dpo_cli.train.trackers import Trackers
 
 MANIFEST = "run.json"
-# How far the first loss may be from that of a policy equal to its reference: rounding, scaled by the margins' spread.
-_START_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
 def run_training(config: Config, *, run_dir: Path, console: RunConsole | None = None) -> None:
@@ -47,12 +47,18 @@ def run_training(config: Config, *, run_dir: Path, console: RunConsole | None = 
     Raises a DpoError for whatever the user can mend, Interrupted (exit code 75) after a signal.
     """
     run = _Run(config, run_dir, console or RunConsole(), StopRequest())
-    with run.stop.listening():
-        try:
+    try:
+        with run.stop.listening():
             run.execute()
-        except Interrupted as stopped:
-            stopped.hint = f"dpo-train resume={run_dir}"
-            raise
+    except Interrupted as stopped:
+        stopped.hint = f"dpo-train resume={run_dir}"
+        raise
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"The GPU's memory is full: {str(error).splitlines()[0]}",
+            where=str(run_dir),
+            hint="a smaller tokens_per_microbatch, model.gradient_checkpointing=true, or model.lora.rank=16",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ class _Run:
         say(f"self-test: packed and plain forward agree to {tested.largest_difference:.0e} nats a token")
         self._check_unchanged(data, policy, device)
         settings = loop_settings(config, len(data.train))
+        if config.optimizer.warmup_steps >= settings.total_steps:
+            say(f"note: all {settings.total_steps} steps warm up; optimizer.lr itself is never reached")
         train, held_out = self._with_references(data, policy, packed, objective, settings)
         accuracy = self._task_accuracy(data, policy)
         if accuracy is not None:
@@ -89,9 +97,8 @@ class _Run:
 
         training = Training(
             settings=settings,
-            score=packed,
+            loss=BatchLoss(packed, objective, device),
             engine=SingleDeviceEngine(policy.model, optimizer_settings(config.optimizer)),
-            objective=objective,
             train=train,
             held_out=held_out,
             schedule=schedule_of(config.optimizer, total_steps=settings.total_steps),
@@ -100,12 +107,12 @@ class _Run:
             trackers=Trackers.of(config.logger, self.run_dir),
             console=self.console,
             stop=self.stop,
-            device=device,
         )
-        progress = self._resume(training)
-        if progress.step == 0:
-            self._check_start(training)
-        training.run(progress)
+        with training.metrics, training.trackers:
+            progress = self._resume(training)
+            if progress.step == 0:
+                self._check_start(training)
+            training.run(progress)
         self.stop.kept = f"All {progress.step} steps are saved; the final model is still to be written."
         difference = None if accuracy is None else accuracy.after(policy, self.console)
         final = write_final(policy, objective, config, run_dir=self.run_dir, step=progress.step, difference=difference)
@@ -214,36 +221,41 @@ class _Run:
     def _resume(self, training: Training) -> Progress:
         training.checkpoints.recover()
         checkpoint = training.checkpoints.latest_good()
-        progress = Progress() if checkpoint is None else training.restore(checkpoint)
-        if checkpoint is not None:
-            self.console.say(f"resumed after step {progress.step} of {training.settings.total_steps}")
+        total = training.settings.total_steps
+        if checkpoint is None:
+            progress = Progress()
+            training.metrics.truncate_after(-1)
+        else:
+            progress = training.restore(checkpoint)
+            if progress.step > total:
+                raise CheckpointError(
+                    f"This run has taken {progress.step} steps already, and is to end after {total}.",
+                    where=str(checkpoint.folder),
+                    hint="leave epochs and max_steps as they were, or start a new run",
+                )
+            training.metrics.truncate_after(progress.step, evaluation_due=progress.evaluation_due)
+            self.console.say(f"resumed after step {progress.step} of {total}")
             self.stop.kept = f"Step {progress.step} is saved, as it was."
-        training.forget_after(progress.step, began=checkpoint is not None)
+        training.trackers.begin(progress.step)
         return progress
 
     def _check_start(self, training: Training) -> None:
         """At step 0 the policy is its reference, so the loss has a known value: compare, and say so."""
         if training.train.reference is None or self.config.model.reference not in (None, "start"):
             return
-        first = global_batch(
-            0,
-            seed=self.config.seed,
-            examples=len(training.train.examples),
-            global_pairs=training.settings.global_pairs,
+        settings = training.settings
+        indices = global_batch(
+            0, seed=settings.seed, examples=len(training.train.examples), global_pairs=settings.global_pairs
         )
-        found, expected = starting_loss(
-            training.train,
-            training.score,
-            training.objective,
-            first,
-            tokens_per_microbatch=training.settings.tokens_per_microbatch,
-            device=training.device,
+        start = training.loss.starting_point(
+            training.train, indices, tokens_per_microbatch=settings.tokens_per_microbatch
         )
-        self.console.say(f"step 0: loss {found:.6f}; a policy equal to its reference has {expected:.6f}")
-        tolerance = _START_TOLERANCE[next(training.score.parameters()).dtype]
-        if not abs(found - expected) <= tolerance * max(1.0, abs(expected)):
+        self.console.say(f"step 0: loss {start.loss:.6f}; a policy equal to its reference has {start.expected:.6f}")
+        brought = training.train.examples[int(indices[0])].reference is not None
+        dtype = str(next(training.loss.policy.parameters()).dtype)
+        if not start.difference <= largest_rounding(dtype, brought=brought):
             raise StoreError(
-                f"The first loss is {found:.6f}, but the policy is still its reference, which gives {expected:.6f}.",
+                f"The policy is still its reference, but log-probs differ by {start.difference:.2g} nats a token.",
                 where=str(self.run_dir),
                 hint="if log-probs came with the data, name the model they are from in model.reference",
             )

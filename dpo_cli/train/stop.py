@@ -13,6 +13,13 @@ from dpo_cli.errors import Interrupted
 EXIT_SECOND_CTRL_C = 130
 
 
+class _Stopped(BaseException):
+    """Raised out of whatever is being done; `listening` turns it into Interrupted.
+
+    No Exception: a library's `except Exception` would take it for its own failure.
+    """
+
+
 class StopRequest:
     """Whether somebody asked the run to end.
 
@@ -31,6 +38,8 @@ class StopRequest:
         before = {number: signal.signal(number, self._on_signal) for number in signals}
         try:
             yield
+        except _Stopped:
+            self.check(self.kept)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -51,7 +60,15 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
+            # A progress display that is cut off leaves the terminal without its cursor.
+            _tell("\x1b[?25h" if os.isatty(2) else "")
             os._exit(EXIT_SECOND_CTRL_C)
         self.requested = signal.Signals(number).name
         if not self._deferred:
-            self.check(self.kept)
+            raise _Stopped
+        _tell(f"\n{self.requested}: finishing this step and saving; a second Ctrl-C leaves at once.\n")
+
+
+def _tell(text: str) -> None:
+    """Past Python's buffers, which a signal may have interrupted in the middle of a write."""
+    os.write(2, text.encode())

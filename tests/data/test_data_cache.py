@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_tokenizers import bpe, stops
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpo_cli.data import build, cache, chunk
 from dpo_cli.data.arrow_store import partners_with_other_prompts
@@ -266,13 +268,32 @@ def test_indexing_is_fast_and_copies_nothing(prepare: Any, write_jsonl: Any) -> 
         train[len(train)]
 
 
-@pytest.mark.parametrize("keys", [[1, 1, 2], [1, 2, 1], [2, 1, 1], [1, 2], [1, 1, 2, 3, 3, 1]])
-def test_a_partner_is_the_next_example_with_another_prompt(keys: list[int]) -> None:
-    count = len(keys)
-    expected = [next(j % count for j in range(i + 1, i + count) if keys[j % count] != keys[i]) for i in range(count)]
+@pytest.mark.parametrize(
+    ("keys", "partners"),
+    [
+        ([1, 2], [1, 0]),
+        ([1, 2, 3], [1, 2, 0]),
+        ([1, 1, 2], [2, 2, 0]),
+        ([1, 2, 1], [1, 2, 1]),
+        ([2, 1, 1], [1, 0, 0]),
+        ([7, 7, 8, 8, 9, 9], [2, 3, 4, 5, 0, 1]),
+        ([1, 1, 2, 3, 3, 1], [2, 2, 3, 5, 0, 2]),
+    ],
+)
+def test_a_partner_is_a_response_of_the_next_prompt_chosen_for_chosen_and_rejected_for_rejected(
+    keys: list[int], partners: list[int]
+) -> None:
     found = partners_with_other_prompts(np.array(keys, dtype=np.int64))
-    assert found is not None and found.tolist() == expected
-    assert partners_with_other_prompts(np.array([5, 5, 5])) is None
+    assert found is not None and found.tolist() == partners
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30))
+def test_a_partner_never_has_the_same_prompt(keys: list[int]) -> None:
+    found = partners_with_other_prompts(np.array(keys, dtype=np.int64))
+    if len(set(keys)) == 1:
+        assert found is None
+    else:
+        assert found is not None and all(keys[partner] != key for partner, key in zip(found, keys, strict=True))
 
 
 _ORPHANS = """

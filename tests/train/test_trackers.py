@@ -11,11 +11,10 @@ from dpo_cli.train.trackers import Trackers
 
 
 def record(folder: Path, *, after_step: int, steps: range, value: float) -> None:
-    trackers = Trackers(folder)
-    trackers.begin(after_step)
-    for step in steps:
-        trackers.log(step, "train", {"loss": value})
-    trackers.close()
+    with Trackers(folder) as trackers:
+        trackers.begin(after_step)
+        for step in steps:
+            trackers.log(step, "train", {"loss": value})
 
 
 @pytest.mark.parametrize(

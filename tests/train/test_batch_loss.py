@@ -24,9 +24,10 @@ from dpo_cli.losses.sft_ref import sft_ref_loss
 from dpo_cli.losses.types import LossValues, PairLogps, UnpairedLogps, declare
 from dpo_cli.policy.packed_model import PackedModel, score_examples
 from dpo_cli.reference.sums import ReferenceSums
+from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.metric_sums import MetricSums
+from dpo_cli.train.micro_batch import MicroBatch, PreferenceData
 from dpo_cli.train.objective import Objective
-from dpo_cli.train.step import MicroBatch, PreferenceData, accumulate_gradient, blame_non_finite, evaluate
 
 CPU = torch.device("cpu")
 
@@ -86,7 +87,7 @@ def reference_of(examples: list[Example]) -> ReferenceSums:
 def gradient(loss: Callable[..., Any], micros: list[MicroBatch]) -> tuple[float, dict[str, torch.Tensor], MetricSums]:
     packed = packed_model()
     engine = SingleDeviceEngine(packed.model, OptimizerSettings("adamw", 0.0, None))
-    outcome = accumulate_gradient(micros, packed, Objective.of(loss), engine, CPU)
+    outcome = BatchLoss(packed, Objective.of(loss), CPU).accumulate_gradient(micros, engine)
     grads = {n: p.grad.clone() for n, p in packed.model.named_parameters() if p.grad is not None}
     return float(outcome.loss), grads, outcome.metrics
 
@@ -209,10 +210,10 @@ def test_rows_that_break_the_loss_are_named_and_the_weights_stay() -> None:
     broken[1] = np.array([np.nan, 0.0])
     micros[1] = MicroBatch(micros[1].examples, tuple(broken))
     before = {name: tensor.clone() for name, tensor in engine.weights().items()}
-    objective = Objective.of(functools.partial(dpo_loss, beta=0.3))
-    outcome = accumulate_gradient(micros, packed, objective, engine, CPU)
+    loss = BatchLoss(packed, Objective.of(functools.partial(dpo_loss, beta=0.3)), CPU)
+    outcome = loss.accumulate_gradient(micros, engine)
     assert not torch.isfinite(outcome.loss)
-    error = blame_non_finite(micros, packed, objective, engine, CPU)
+    error = loss.blame(micros, engine)
     assert isinstance(error, NonFiniteError)
     assert error.where == "rows.jsonl row 5"
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.weights().items())
@@ -241,7 +242,7 @@ def test_token_accuracy_is_the_first_responses_and_entropy_that_of_what_is_train
         statistics = [packed(pack([e], first_responses=responses), asked).statistics for e in examples]
         found[responses] = {key: torch.cat([each[key] for each in statistics]).mean().item() for key in asked}
     data = PreferenceData(Listed(examples), reference_of(examples))
-    evaluated = evaluate(data, packed, Objective.of(loss), global_pairs=4, tokens_per_microbatch=40, device=CPU)
+    evaluated = BatchLoss(packed, Objective.of(loss), CPU).evaluate(data, global_pairs=4, tokens_per_microbatch=40)
     trained = gradient(loss, cut(examples, [4, 5]))[2].means()
     for metrics in (evaluated, trained):
         assert metrics["mean_token_accuracy"] == pytest.approx(found[1]["correct"])
