@@ -14,13 +14,13 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers import Qwen2Tokenizer as Tokenizer
 
 from dpo_cli.data.arithmetic import Problem, Split, problems
@@ -29,7 +29,7 @@ from dpo_cli.rollout.generate import sample
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMONSTRATIONS = 1500
-PREFERENCE_PROBLEMS = 8000
+PREFERENCE_PROBLEMS = 16_000
 HELD_OUT_PROBLEMS = 800
 VALIDATION_PROBLEMS = 1000
 TEST_PROBLEMS = 2000
@@ -87,7 +87,7 @@ def make_example(work: Path, out: Path, *, seed: int) -> None:
     write_rows(out / "heldout.jsonl", held_out)
     write_problems(out / "problems.jsonl", problems("test", seed=seed, count=TEST_PROBLEMS))
     shutil.rmtree(out / "base", ignore_errors=True)
-    shutil.copytree(base, out / "base")
+    shutil.copytree(base, out / "base", copy_function=shutil.copyfile)
     print(f"{out}: {len(pairs):,} pairs, {len(held_out):,} held out")
 
 
@@ -141,10 +141,7 @@ def train_base(work: Path, *, seed: int) -> None:
 
 
 def make_pairs(base: Path, split: Split, *, count: int, seed: int) -> list[dict[str, str]]:
-    """Pairs of the base's own answers to problems of a split: chosen is one that is right, rejected one that is wrong.
-
-    Problems that it always or never solves have no pair.
-    """
+    """Pairs of the base's own answers to problems of a split, one for each problem that it solves now and then."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
     posed = problems(split, seed=seed, count=count)
@@ -158,20 +155,23 @@ def make_pairs(base: Path, split: Split, *, count: int, seed: int) -> list[dict[
         stop_token_ids={tokenizer.eos_token_id},
         pad_id=tokenizer.pad_token_id,
     )
-    return [
-        row for problem, samples in zip(posed, answered, strict=True) for row in _pairs(problem, samples, tokenizer)
-    ]
+    pairs = []
+    for problem, samples in zip(posed, answered, strict=True):
+        # A sample that was cut off before it ended is no answer.
+        ended = [ids.tolist() for ids in samples if ids[-1] == tokenizer.eos_token_id]
+        pair = _pair(problem, tokenizer.batch_decode(ended, skip_special_tokens=True))
+        pairs += [] if pair is None else [pair]
+    return pairs
 
 
-def _pairs(
-    problem: Problem, samples: Iterable[NDArray[np.int32]], tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, str]]:
-    # A sample that was cut off before it ended is no answer.
-    ended = [ids for ids in samples if ids[-1] == tokenizer.eos_token_id]
-    texts = dict.fromkeys(tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in ended)
-    right = [text for text in texts if extract_answer(text) == int(problem.answer)]
-    wrong = [text for text in texts if text.strip() and extract_answer(text) != int(problem.answer)]
-    return [{"prompt": problem.prompt, "chosen": right[0], "rejected": text} for text in wrong if right]
+def _pair(problem: Problem, answers: Iterable[str]) -> dict[str, str] | None:
+    """Chosen: the most frequent right answer. Rejected: the most frequent wrong one, the mistake it really makes."""
+    by_frequency = [text for text, _ in Counter(filter(str.strip, answers)).most_common()]
+    right = [text for text in by_frequency if extract_answer(text) == int(problem.answer)]
+    wrong = [text for text in by_frequency if extract_answer(text) != int(problem.answer)]
+    if not right or not wrong:
+        return None
+    return {"prompt": problem.prompt, "chosen": right[0], "rejected": wrong[0]}
 
 
 def write_demonstrations(path: Path, demonstrations: Iterable[Problem]) -> None:
