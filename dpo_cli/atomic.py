@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 _CHUNK_BYTES = 32 << 20
+# There is no way to read it but to set it; here no other thread is running yet.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 _TEMPORARY_MARK = ".tmp-"
 
 
@@ -31,6 +34,11 @@ def is_temporary(path: Path) -> bool:
 
 
 def sync_file(path: Path) -> None:
+    """Make a file that was just written outlive a power cut, and readable to whom the user's umask lets read.
+
+    Some libraries (safetensors) leave their files to the owner alone, whatever the umask.
+    """
+    path.chmod(0o666 & ~_UMASK)
     _sync(path, os.O_RDONLY)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -98,8 +98,11 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give back the memory that the model itself does not need."""
 
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """While it is open every rank holds these parameters whole."""
+
     def whole_weights(self) -> AbstractContextManager[None]:
-        """Within it every rank holds the whole model, to generate with or to export."""
+        """While it is open every rank holds the whole model, to generate with."""
 
 
 def optimizer_for(

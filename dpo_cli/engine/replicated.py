@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -117,6 +117,9 @@ class ReplicatedEngine:
     def close(self) -> None:
         self._optimizer.state.clear()
         self.forget_gradient()
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def whole_weights(self) -> AbstractContextManager[None]:
         return nullcontext()

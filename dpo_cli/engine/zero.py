@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -154,15 +154,18 @@ class ZeroEngine:
     def close(self) -> None:
         self.model.destroy()
 
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        return self._gathered(parameters, for_writing=False)
+
     def whole_weights(self) -> AbstractContextManager[None]:
         return self._gathered(self._everything, for_writing=False)
 
-    def _gathered(self, parameters: list[nn.Parameter], *, for_writing: bool) -> AbstractContextManager[None]:
+    def _gathered(self, parameters: Sequence[nn.Parameter], *, for_writing: bool) -> AbstractContextManager[None]:
         if self._stage < 3:
             return nullcontext()
         return cast(
             AbstractContextManager[None],
-            self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if for_writing else None),
+            self._deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if for_writing else None),
         )
 
     def _flat_masters(self) -> list[Tensor]:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,29 +20,54 @@ from dpo_cli.atomic import sync_file, sync_folder, temporary_beside, write_json
 from dpo_cli.errors import CheckpointError
 from dpo_cli.policy.folder import check_safetensors_file, weight_files
 from dpo_cli.policy.load import LoadedModel, quiet_loading
+from dpo_cli.policy.whole_weights import Gathered, whole_already, whole_state_dict
 
 ADAPTER_FOLDER = "adapter"
+# Of one weight file.
+SHARD_SIZE = "5GB"
+
+
+class FinalState(NamedTuple):
+    """What is exported, on the CPU: the whole model with LoRA merged in, and the adapter alone, if there is one."""
+
+    weights: dict[str, Tensor]
+    adapter: dict[str, Tensor] | None
+
+
+def final_state(loaded: LoadedModel, gathered: Gathered = whole_already) -> FinalState:
+    """Read the trained weights, one at a time; all ranks of a partitioned model call this together."""
+    if loaded.lora is None:
+        return FinalState(whole_state_dict(loaded.model, gathered), None)
+    from dpo_cli.policy.lora import adapter_state_dict, merged_state_dict
+
+    return FinalState(merged_state_dict(loaded.model, gathered), adapter_state_dict(loaded.model, gathered))
 
 
 def export_final(
-    loaded: LoadedModel, folder: Path, *, card: str, notes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    loaded: LoadedModel,
+    folder: Path,
+    *,
+    card: str,
+    notes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    state: FinalState | None = None,
 ) -> None:
     """Write weights, config, tokenizer, generation config and model card to `folder`, which must not exist yet.
 
-    notes: further JSON files to lay beside them, by name.
+    notes: further JSON files to lay beside them, by name. state: what `final_state` gave.
     LoRA is merged, and the adapter alone lies in `folder`/adapter. Weights keep the dtype they were trained in.
     Everything is written under a temporary name, read back and compared, synced, and only then renamed.
     Raises CheckpointError when the folder exists, cannot be written, or does not read back as it was.
     """
     if folder.exists():
         raise CheckpointError("The folder for the final model exists already.", where=str(folder), hint="move it away")
+    state = state or final_state(loaded)
     temporary = temporary_beside(folder)
     try:
         temporary.mkdir(parents=True)
-        _write(loaded, temporary, card)
+        _write(loaded, state, temporary, card)
         for name, note in notes.items():
             write_json(temporary / name, dict(note))
-        _verify(loaded, temporary)
+        _verify(loaded, state, temporary)
         _sync(temporary)
         temporary.rename(folder)
         sync_folder(folder.parent)
@@ -56,19 +81,18 @@ def export_final(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(loaded: LoadedModel, folder: Path, card: str) -> None:
-    model = loaded.model
+def _write(loaded: LoadedModel, state: FinalState, folder: Path, card: str) -> None:
     with quiet_loading():
         # Never model.save_pretrained(folder) alone: with adapters injected it would write their module names.
-        model.save_pretrained(folder, state_dict=_final_state(loaded))
+        # It takes tied weights out of the dictionary it is given.
+        loaded.model.save_pretrained(folder, state_dict=dict(state.weights), max_shard_size=SHARD_SIZE)
         _save_tokenizer(loaded, folder)
     _write_config(loaded, folder / "config.json")
-    if loaded.lora is not None:
+    if loaded.lora is not None and state.adapter is not None:
         adapter = folder / ADAPTER_FOLDER
         adapter.mkdir()
         loaded.lora.save_pretrained(str(adapter))
-        state = {name: tensor.contiguous().cpu() for name, tensor in _adapter_state(loaded).items()}
-        save_file(state, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(state.adapter, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -82,20 +106,6 @@ def _save_tokenizer(loaded: LoadedModel, folder: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def _final_state(loaded: LoadedModel) -> dict[str, Tensor]:
-    if loaded.lora is None:
-        return loaded.model.state_dict()
-    from dpo_cli.policy.lora import merged_state_dict
-
-    return merged_state_dict(loaded.model)
-
-
-def _adapter_state(loaded: LoadedModel) -> dict[str, Tensor]:
-    from dpo_cli.policy.lora import adapter_state_dict
-
-    return adapter_state_dict(loaded.model)
-
-
 def _write_config(loaded: LoadedModel, file: Path) -> None:
     """Undo what was set for training only: dropout of zero, our attention. The dtype is that of the weights."""
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -106,7 +116,7 @@ def _write_config(loaded: LoadedModel, file: Path) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _verify(loaded: LoadedModel, folder: Path) -> None:
+def _verify(loaded: LoadedModel, state: FinalState, folder: Path) -> None:
     """Open the folder as any user would and compare every tensor with the one in memory, bit for bit."""
     for file in weight_files(folder):
         check_safetensors_file(file)
@@ -123,7 +133,7 @@ def _verify(loaded: LoadedModel, folder: Path) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             raise CheckpointError(f"The final model reads back with {kind}: {sorted(map(str, report[kind]))[:3]}.")
-    wanted, found = digests(_final_state(loaded)), digests(reopened.state_dict())
+    wanted, found = digests(state.weights), digests(reopened.state_dict())
     if wanted != found:
         differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise CheckpointError(
@@ -131,14 +141,14 @@ def _verify(loaded: LoadedModel, folder: Path) -> None:
             where=str(folder),
             hint="the disk may be full or failing",
         )
-    if loaded.lora is not None:
-        _verify_adapter(loaded, folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+    if state.adapter is not None:
+        _verify_adapter(state.adapter, folder / ADAPTER_FOLDER / "adapter_model.safetensors")
 
 
-def _verify_adapter(loaded: LoadedModel, file: Path) -> None:
+def _verify_adapter(adapter: Mapping[str, Tensor], file: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         found = digests({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-    if found != digests(_adapter_state(loaded)):
+    if found != digests(adapter):
         raise CheckpointError("The adapter reads back differently.", where=str(file))
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.errors import ModelError
 from dpo_cli.policy.folder import adapter_weight_files, check_safetensors_file
+from dpo_cli.policy.whole_weights import Gathered, whole_already, whole_state_dict
 
 ADAPTER_NAME = "default"
 
@@ -143,31 +144,39 @@ def _last_part(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
-@torch.no_grad()
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def merged_state_dict(model: nn.Module, gathered: Gathered = whole_already) -> dict[str, Tensor]:
     """The state dict the model would have with its LoRA adapters merged in; the model itself is left alone.
 
-    The update is added in float32 and rounded once, to the dtype of the weight. Merged weights come back on the CPU,
-    and one update lives at a time: all of them in float32 are twice the size of a bf16 model, which may fill the GPU.
+    The update is added in float32 and rounded once, to the dtype of the weight. Everything comes back on the CPU, and
+    one weight with its update lives on the device at a time: gathered makes parameters whole while it is open.
     """
-    adapted: dict[str, nn.Module] = {}
+    adapted: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             # Experts of a mixture are one tensor for all, which peft wraps as a named parameter of their module.
             parameter = getattr(module, "parameter_name", "weight")
             adapted[f"{_without_wrappers(name)}.{parameter}"] = module
-    merged: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if ".lora_" in name:
-            continue
-        name = _without_wrappers(name)
-        layer: Any = adapted.pop(name, None)
-        if layer is not None:
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            tensor = (tensor.to(wide) + layer.get_delta_weight(ADAPTER_NAME).to(wide)).to(tensor.dtype).cpu()
-        merged[name] = tensor
-    if adapted:
-        raise RuntimeError(f"adapters without a weight to merge into: {sorted(adapted)}")
+    left = dict(adapted)
+
+    def with_update(name: str, weight: Tensor) -> Tensor:
+        layer = left.pop(name, None)
+        if layer is None:
+            return weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return (weight.to(wide) + layer.get_delta_weight(ADAPTER_NAME).to(wide)).to(weight.dtype)
+
+    def halves(name: str) -> list[nn.Parameter]:
+        return [p for part, p in adapted[name].named_parameters() if "lora_" in part] if name in adapted else []
+
+    merged = whole_state_dict(
+        model,
+        gathered,
+        rename=lambda name: None if ".lora_" in name else _without_wrappers(name),
+        companions=halves,
+        value=with_update,
+    )
+    if left:
+        raise RuntimeError(f"adapters without a weight to merge into: {sorted(left)}")
     return merged
 
 
@@ -176,8 +185,11 @@ def _without_wrappers(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter alone, under the names peft's own loader expects."""
-    state = {name: value for name, value in model.state_dict().items() if ".lora_" in name}
+def adapter_state_dict(model: nn.Module, gathered: Gathered = whole_already) -> dict[str, Tensor]:
+    """The adapter alone on the CPU, under the names peft's own loader expects."""
     suffix = f".{ADAPTER_NAME}.weight"
-    return {"base_model.model." + name.replace(suffix, ".weight"): value for name, value in state.items()}
+    return whole_state_dict(
+        model,
+        gathered,
+        rename=lambda name: "base_model.model." + name.replace(suffix, ".weight") if ".lora_" in name else None,
+    )

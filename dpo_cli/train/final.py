@@ -11,7 +11,7 @@ from typing import Any
 import dpo_cli
 from dpo_cli.config.schema import Config
 from dpo_cli.errors import CheckpointError
-from dpo_cli.policy.export import export_final
+from dpo_cli.policy.export import FinalState, export_final
 from dpo_cli.policy.load import LoadedModel
 from dpo_cli.policy.model_card import Result, model_card
 from dpo_cli.rollout.exact_match import Difference
@@ -38,6 +38,7 @@ def write_final(
     run_dir: Path,
     step: int,
     difference: Difference | None,
+    state: FinalState,
 ) -> Path:
     """Export the policy to run_dir/final, whole and verified; a final model that was there keeps its step as a name."""
     final = run_dir / FINAL
@@ -57,7 +58,7 @@ def write_final(
         lora=config.model.lora is not None,
         version=dpo_cli.__version__,
     )
-    export_final(policy, final, card=card, notes={_NOTE: {"step": step, "length": _length(config)}})
+    export_final(policy, final, card=card, state=state, notes={_NOTE: {"step": step, "length": _length(config)}})
     return final
 
 

@@ -21,6 +21,7 @@ from dpo_cli.engine.backend import Backend
 from dpo_cli.engine.interface import whole_shape
 from dpo_cli.engine.ranks import Ranks, SoleRank
 from dpo_cli.errors import CheckpointError, Interrupted, OutOfMemory, StoreError
+from dpo_cli.policy.export import final_state
 from dpo_cli.policy.folder import resolve_model_folder
 from dpo_cli.policy.load import LoadedModel, load_model, load_reference
 from dpo_cli.policy.packed_model import PackedModel
@@ -139,9 +140,17 @@ class _Run:
             training.run(progress)
         self.stop.kept = f"All {progress.step} steps are saved; the final model is still to be written."
         difference = None if accuracy is None else accuracy.after(policy, engine, self.console)
-        with engine.whole_weights():
-            if self.ranks.is_main:
-                write_final(policy, objective, config, run_dir=self.run_dir, step=progress.step, difference=difference)
+        state = final_state(policy, engine.gathered)
+        if self.ranks.is_main:
+            write_final(
+                policy,
+                objective,
+                config,
+                run_dir=self.run_dir,
+                step=progress.step,
+                difference=difference,
+                state=state,
+            )
         self.ranks.barrier()
         say(f"done in {_duration(time.monotonic() - began)}: {self.run_dir / FINAL}")
 

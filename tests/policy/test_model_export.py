@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import dpo_cli.policy.export as export_module
 from dpo_cli.batch.layout import pack
 from dpo_cli.errors import CheckpointError
-from dpo_cli.policy.export import export_final
+from dpo_cli.policy.export import FinalState, export_final
 from dpo_cli.policy.load import LoadedModel, load_model
 from dpo_cli.policy.packed_model import PackedModel
 
@@ -98,12 +98,7 @@ def test_lora_is_merged_and_the_adapter_lies_beside_it(tmp_path: Path, name: str
 
 def test_a_large_model_is_written_in_shards_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = trained(save(tmp_path / "base"))
-    original = type(loaded.model).save_pretrained
-    monkeypatch.setattr(
-        type(loaded.model),
-        "save_pretrained",
-        lambda self, *args, **kw: original(self, *args, max_shard_size="40KB", **kw),
-    )
+    monkeypatch.setattr(export_module, "SHARD_SIZE", "40KB")
     export_final(loaded, tmp_path / "final", card="")
     assert len(list((tmp_path / "final").glob("model-*.safetensors"))) > 1
 
@@ -153,8 +148,8 @@ def test_one_flipped_byte_on_the_way_to_the_disk_is_noticed_and_nothing_is_left(
     loaded = trained(save(tmp_path / "base"))
     write = export_module._write
 
-    def write_and_damage(loaded: LoadedModel, folder: Path, card: str) -> None:
-        write(loaded, folder, card)
+    def write_and_damage(loaded: LoadedModel, state: FinalState, folder: Path, card: str) -> None:
+        write(loaded, state, folder, card)
         file = folder / "model.safetensors"
         content = bytearray(file.read_bytes())
         content[-5] ^= 1
