@@ -130,6 +130,8 @@ OptimizerConfig = Annotated[
 class HardwareConfig(Section):
     name: Literal["single_gpu"]
     device: Literal["auto", "cuda", "cpu"]
+    device_memory_gb: Positive | None
+    device_tflops: Positive | None
 
 
 class TensorBoardConfig(Section):
@@ -156,6 +158,7 @@ class Config(Section):
     save_every: CountOrNever
     keep_checkpoints: Count
     resume: Name | None
+    plan: bool
     model: ModelConfig
     data: DataConfig
     loss: LossConfig

@@ -16,6 +16,9 @@ from dpo_cli.config.schema import Config
 from dpo_cli.data.prepare import PreparedData, prepare_data
 from dpo_cli.engine.single_device import SingleDeviceEngine
 from dpo_cli.errors import CheckpointError, Interrupted, OutOfMemory, StoreError
+from dpo_cli.forecast.machine import Machine
+from dpo_cli.forecast.plan import plan_or_nothing
+from dpo_cli.forecast.report import summary as forecast_summary
 from dpo_cli.policy.folder import resolve_model_folder
 from dpo_cli.policy.load import LoadedModel, load_model, load_reference
 from dpo_cli.policy.packed_model import PackedModel
@@ -26,7 +29,7 @@ from dpo_cli.reference.spot_check import largest_rounding
 from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.checkpoint import CheckpointStore
 from dpo_cli.train.console import RunConsole
-from dpo_cli.train.device import choose_device, describe, environment, make_repeatable
+from dpo_cli.train.device import choose_device, describe, environment, make_repeatable, memory_of
 from dpo_cli.train.final import completed_run, write_final
 from dpo_cli.train.loop import LoopSettings, Progress, Training
 from dpo_cli.train.metrics_log import MetricsLog
@@ -81,6 +84,7 @@ class _Run:
         say(f"device: {describe(device)}")
         objective = Objective.of(build_loss(config))
         data = self._prepare_data(objective)
+        self._forecast(device)
         policy = load_model(config.model, device=device, seed=config.seed, max_tokens=config.data.max_tokens)
         packed = PackedModel(policy.model)
         tested = packed_self_test(packed, vocabulary=len(policy.tokenizer), where=str(policy.folder))
@@ -117,6 +121,11 @@ class _Run:
         difference = None if accuracy is None else accuracy.after(policy, self.console)
         final = write_final(policy, objective, config, run_dir=self.run_dir, step=progress.step, difference=difference)
         say(f"done in {_duration(time.monotonic() - began)}: {final}")
+
+    def _forecast(self, device: torch.device) -> None:
+        plan = plan_or_nothing(self.config, Machine(on_gpu=device.type == "cuda", device_bytes=memory_of(device)))
+        if plan is not None:
+            self.console.say(forecast_summary(plan))
 
     def _prepare_data(self, objective: Objective) -> PreparedData:
         model = self.config.model
