@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Place = Literal["none", "cpu", "nvme"]
+# Of the packed attention: segments are attended to together up to this many scores a head.
+MAX_SCORES_PER_CALL = 2**22
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Layout:
 
     bytes_per_weight: of the weights that compute: 4 for float32, 2 for half precision.
     tokens: of one packed row, at most; longest: of a prompt with one response, data.max_tokens.
-    fused_attention: on a GPU, where grouped keys are repeated for every head that a mask is applied to.
+    on_gpu: there the driver takes its share, and grouped keys are repeated for every head under a mask.
+    momentum: of RMSprop.
     """
 
     tokens: int
@@ -63,17 +66,18 @@ class Row:
 
     @classmethod
     def of_pairs(cls, tokens: int, longest: int) -> Row:
-        """The row that is planned for: full, of pairs as long as they may be, half of each being prompt.
+        """The row that is planned for: full, of pairs as long as they may be, half of prompt + response being prompt.
 
         Every token is counted as scored: pairs with short prompts come close to that.
         """
-        half = longest / 2
-        pairs = max(1.0, tokens / (3 * half))
-        keys, scores = pairs * longest, pairs * longest * half
+        tokens = max(tokens, longest_pair(longest))
+        pairs = tokens / longest_pair(longest)
+        keys, scores = pairs * longest, pairs * longest * longest / 2
         if pairs < 2 or 2 * longest**2 > MAX_SCORES_PER_CALL:
             return cls(tokens, tokens, round(keys), round(keys), round(scores))
         return cls(tokens, tokens, 0, round(2 * keys), round(3 * scores))
 
 
-# Of the packed attention: segments are attended to together up to this many scores a head.
-MAX_SCORES_PER_CALL = 2**22
+def longest_pair(longest: int) -> int:
+    """Tokens of a pair whose prompt and responses are each half of what prompt + response may have."""
+    return -(-3 * longest // 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from dpo_cli.forecast.layout import Layout, LoraLayout
+from dpo_cli.forecast.layout import Layout, LoraLayout, longest_pair
 from dpo_cli.forecast.memory import Memory, forecast_memory
 from dpo_cli.forecast.shape import ModelShape
 
@@ -44,37 +44,30 @@ def fits(memory: Memory, device_bytes: float) -> bool:
 def remedies(
     shape: ModelShape, layout: Layout, *, device_bytes: float, zero_groups: Sequence[str] = ()
 ) -> list[Remedy]:
-    """One remedy of every kind that can help, alone if that is enough, else on top of those that cost less.
+    """One remedy of every kind that can help, alone if that is enough, else on top of cheap ones before it.
 
     zero_groups: choices of the `hardware` group that may be proposed, such as deepspeed_zero3.
     """
     found: list[Remedy] = []
-    start = Change(layout)
-    # A remedy that does not do alone is tried again with those of the cheap ones before it, each at its strongest.
-    strongest = start
+    # What the cheap remedies so far can be combined to, fewest changes first.
+    begins = [Change(layout)]
     for name, kind in _KINDS.items():
-        for begin in (start, strongest) if strongest.words else (start,):
-            fitting = next(
-                (
-                    (change, memory)
-                    for change in kind(begin, zero_groups)
-                    if fits(memory := forecast_memory(shape, change.layout), device_bytes)
-                ),
-                None,
-            )
-            if fitting is not None:
-                change, memory = fitting
+        for change in (change for begin in begins for change in kind(begin, zero_groups)):
+            memory = forecast_memory(shape, change.layout)
+            if fits(memory, device_bytes):
                 found.append(Remedy(name, change.words, change.layout, memory))
                 break
         if name in _CHEAP:
-            strongest = [strongest, *kind(strongest, zero_groups)][-1]
+            begins += [change for begin in begins for change in kind(begin, zero_groups)]
+            begins.sort(key=lambda change: len(change.words))
     return found
 
 
 def _fewer_tokens(change: Change, zero_groups: Sequence[str]) -> Iterator[Change]:
-    tokens = change.layout.tokens
-    while tokens > change.layout.longest:
-        tokens = max(tokens // 2, change.layout.longest)
+    # A pair that is longer than a row goes through the model alone: below that nothing is gained.
+    tokens, least = change.layout.tokens, longest_pair(change.layout.longest)
+    while tokens > least:
+        tokens = max(tokens // 2, least)
         yield change.further(replace(change.layout, tokens=tokens), f"tokens_per_microbatch={tokens}")
 
 

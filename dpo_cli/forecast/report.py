@@ -75,8 +75,8 @@ def _beside(plan: Plan) -> Iterator[str]:
     if memory.nvme:
         yield f"fast disk, all workers: {_gib(memory.nvme)}"
     yield (
-        f"disk: {_readable(disk.checkpoint)} a checkpoint, {_readable(disk.most)} while one is written over those kept, "
-        f"{_readable(disk.final)} for final/"
+        f"disk: {_readable(disk.checkpoint)} a checkpoint, {_readable(disk.most)} with all that are kept while another "
+        f"is written, {_readable(disk.final)} for final/"
     )
     yield f"step: {step.tokens:,} tokens at most, {step.flops / 1e12:,.4g} TFLOP"
     if plan.device_tflops is None:
@@ -118,7 +118,7 @@ def _assumptions(plan: Plan) -> Iterator[str]:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB"
+    return f"{size / GIB:,.2f} GiB" if size == 0 or size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 def _readable(size: float) -> str:

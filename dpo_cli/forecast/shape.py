@@ -10,7 +10,7 @@ from dpo_cli.errors import ModelError
 
 # Who shares input and output embeddings when config.json does not say: transformers leaves defaults out of the file.
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "cohere", "cohere2", "gpt2", "smollm3", "starcoder2")
-_HEAD_DIM_BY_DEFAULT = {"qwen3": 128, "qwen3_moe": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
+_HEAD_DIM_BY_DEFAULT = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
 # Two matrices with an activation between them; everybody else has a gate as well.
 _WITHOUT_GATE = ("gpt2", "gpt_neox", "phi", "starcoder2", "opt")
 _WITH_QUERY_KEY_BIAS = ("qwen2", "qwen2_moe")

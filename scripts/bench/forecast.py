@@ -1,4 +1,4 @@
-"""Compare the memory that is forecast with the memory that training takes, on a CPU: `python scripts/bench/forecast.py`.
+"""Compare the memory that is forecast with what training takes on a CPU: `python scripts/bench/forecast.py`.
 
 Every case is a process of its own, which reports its peak resident memory less what it had after its imports: a first
 small step that makes the optimiser's states, then two full micro-batches and a step. `--case NAME` runs one of them.
@@ -119,7 +119,9 @@ def measure(case: Case) -> dict[str, float]:
         )
 
     # The model's code, threads and kernels are there before anything is counted.
-    PackedModel(build(replace(case, hidden=64, layers=1, vocabulary=128).config))(row_of(1, 16, 128)).logps.sum().backward()
+    PackedModel(build(replace(case, hidden=64, layers=1, vocabulary=128).config))(
+        row_of(1, 16, 128)
+    ).logps.sum().backward()
     before = _resident_bytes()
     began = time.perf_counter()
     model = build(case.config)
