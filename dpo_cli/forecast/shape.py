@@ -13,6 +13,7 @@ _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "cohere", "cohere2", "gpt2
 _HEAD_DIM_BY_DEFAULT = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256}
 # Two matrices with an activation between them; everybody else has a gate as well.
 _WITHOUT_GATE = ("gpt2", "gpt_neox", "phi", "starcoder2", "opt")
+_WITH_FUSED_GATE = ("phi3", "glm4")
 _WITH_QUERY_KEY_BIAS = ("qwen2", "qwen2_moe")
 _WITH_HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "exaone4")
 _WITH_FULL_NORMS = ("olmo2", "olmo3")
@@ -156,8 +157,11 @@ def _feed_forward(config: Mapping[str, Any], model_type: str, hidden: int, gated
             yield Linear("fc1", hidden, inner, bias)
             yield Linear("fc2", inner, hidden, bias)
             return
-        yield Linear("gate_proj", hidden, inner, bias)
-        yield Linear("up_proj", hidden, inner, bias)
+        if model_type in _WITH_FUSED_GATE:
+            yield Linear("gate_up_proj", hidden, 2 * inner, bias)
+        else:
+            yield Linear("gate_proj", hidden, inner, bias)
+            yield Linear("up_proj", hidden, inner, bias)
         yield Linear("down_proj", inner, hidden, bias)
         return
     used = int(config.get("num_experts_per_tok") or config.get("experts_per_token") or 2)
