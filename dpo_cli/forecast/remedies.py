@@ -52,14 +52,15 @@ def remedies(
     # What the cheap remedies so far can be combined to, fewest changes first.
     begins = [Change(layout)]
     for name, kind in _KINDS.items():
-        for change in (change for begin in begins for change in kind(begin, zero_groups)):
+        changes = [change for begin in begins for change in kind(begin, zero_groups)]
+        # A device more costs what no other change does: as few as will do, with whatever makes them do.
+        for change in sorted(changes, key=lambda change: change.layout.workers):
             memory = forecast_memory(shape, change.layout)
             if fits(memory, device_bytes):
                 found.append(Remedy(name, change.words, change.layout, memory))
                 break
         if name in _CHEAP:
-            begins += [change for begin in begins for change in kind(begin, zero_groups)]
-            begins.sort(key=lambda change: len(change.words))
+            begins = sorted([*begins, *changes], key=lambda change: len(change.words))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpo_cli.forecast.cost import ASSUMED_UTILISATION
-from dpo_cli.forecast.layout import Layout
+from dpo_cli.forecast.layout import Layout, longest_pair
 from dpo_cli.forecast.memory import CONTEXT, GIB, LINES, trained_parameters
 from dpo_cli.forecast.plan import Plan
 from dpo_cli.forecast.remedies import USABLE_SHARE
@@ -39,7 +39,9 @@ def _heading(plan: Plan) -> Iterator[str]:
         yield f"in training: {trained_parameters(shape, layout):,} parameters of adapters of rank {layout.lora.rank}"
     yield f"layout: {_layout(layout, plan)}"
     checkpointing = "with" if layout.gradient_checkpointing else "without"
-    yield f"row: {layout.tokens:,} tokens at once, {checkpointing} gradient checkpointing; {layout.optimizer}"
+    tokens = max(layout.tokens, longest_pair(layout.longest))
+    alone = " (the longest pair, alone)" if tokens > layout.tokens else ""
+    yield f"row: {tokens:,} tokens at once{alone}, {checkpointing} gradient checkpointing; {layout.optimizer}"
 
 
 def _layout(layout: Layout, plan: Plan) -> str:

@@ -70,6 +70,14 @@ def test_what_is_enough_alone_is_proposed_alone() -> None:
     assert forecast_memory(SMALL, replace(ONE_GPU, tokens=2 * tokens)).total > USABLE_SHARE * 24 * GIB
 
 
+def test_no_more_workers_are_proposed_than_will_do() -> None:
+    found = {r.name: r for r in remedies(LARGE, ONE_GPU, device_bytes=80 * GIB, zero_groups=GROUPS)}
+    workers = found["more workers"].layout.workers
+    least = replace(ONE_GPU, tokens=1536, gradient_checkpointing=True, zero_stage=3, workers=workers // 2)
+    assert workers > 1
+    assert forecast_memory(LARGE, least).total > USABLE_SHARE * 80 * GIB
+
+
 def test_nothing_is_proposed_that_this_installation_cannot_do() -> None:
     for remedy in remedies(LARGE, ONE_GPU, device_bytes=80 * GIB, zero_groups=("single_gpu",)):
         assert not any(word.startswith("hardware") for word in remedy.words)
