@@ -101,7 +101,7 @@ def _what_stays(shape: ModelShape, layout: Layout) -> tuple[dict[str, int], int,
         MASTERS: masters // layout.share(1),
         GRADIENTS: 4 * trained // layout.share(2),
         OPTIMIZER: state_bytes(layout) * trained // layout.share(1),
-        BUCKETS: _buckets(shape, layout, trained),
+        BUCKETS: _buckets(layout, trained),
         CONTEXT: (_CUDA_CONTEXT + (_NCCL if layout.workers > 1 else 0)) if layout.on_gpu else 0,
     }
     elsewhere = {"cpu": 0, "nvme": 0}
@@ -125,9 +125,8 @@ def _what_stays(shape: ModelShape, layout: Layout) -> tuple[dict[str, int], int,
 
 
 def _has_masters(layout: Layout) -> bool:
-    """Adapters are float32 as they are, and so are their own masters; ZeRO 1 and 2 copy them all the same."""
-    own = layout.lora is not None or not layout.half
-    return layout.zero_stage in (1, 2) if own else True
+    """Float32 weights, adapters among them, are their own masters; ZeRO keeps a flat copy all the same."""
+    return bool(layout.zero_stage) or (layout.half and layout.lora is None)
 
 
 def _frozen_and_trained(shape: ModelShape, layout: Layout) -> int:
@@ -135,13 +134,11 @@ def _frozen_and_trained(shape: ModelShape, layout: Layout) -> int:
     return layout.bytes_per_weight * shape.parameters + adapters
 
 
-def _buckets(shape: ModelShape, layout: Layout, trained: int) -> int:
+def _buckets(layout: Layout, trained: int) -> int:
     if layout.zero_stage is None or (layout.zero_stage == 0 and layout.workers == 1):
         return 0
     if layout.zero_stage == 0:
         return min(_ALL_REDUCE_BYTES, 4 * trained)
-    if layout.zero_stage == 1 and layout.half:
-        return 4 * min(_REDUCE_BUCKET, trained)
     # Allocated whole, however small the model.
     return 4 * _REDUCE_BUCKET
 
@@ -169,9 +166,8 @@ def _moments(shape: ModelShape, layout: Layout, row: Row) -> tuple[Moment, ...]:
     waiting = width * embedding if whole and (shape.tied or layout.half) else 0
     working = width * row.tokens * (2 * shape.mlp_width + 2 * shape.hidden)
 
-    # Half-precision gradients are complete before they are added to the float32 ones, one at a time.
-    partitioned = (layout.zero_stage or 0) >= 2
-    rounded = width * trained if layout.half and whole and not partitioned else 0
+    # Half-precision gradients are complete before they are added to the float32 ones; ZeRO adds each as it comes.
+    rounded = width * trained if layout.half and whole and not layout.zero_stage else 0
     last = max(
         width * embedding * (2 if shape.tied else 1) if whole else 0, 4 * embedding if layout.half and whole else 0
     )
