@@ -128,10 +128,22 @@ OptimizerConfig = Annotated[
 
 
 class HardwareConfig(Section):
-    name: Literal["single_gpu"]
+    """zero_stage: what DeepSpeed partitions over ranks; None computes in this process, without DeepSpeed."""
+
+    name: Name
     device: Literal["auto", "cuda", "cpu"]
     device_memory_gb: Positive | None
     device_tflops: Positive | None
+    num_workers: Count | None
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None
+    offload_optimizer: Literal["none", "cpu", "nvme"]
+    offload_parameters: Literal["none", "cpu", "nvme"]
+    nvme_path: Name | None
+    deepspeed: Mapping[str, Any]
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.zero_stage is not None
 
 
 class TensorBoardConfig(Section):

@@ -15,10 +15,11 @@ _PATIENCE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Machine:
-    """on_gpu: whether devices are GPUs. device_bytes: memory of each, None where nobody knows."""
+    """on_gpu: whether devices are GPUs. device_bytes: memory of each, None where nobody knows. devices: how many."""
 
     on_gpu: bool
     device_bytes: float | None
+    devices: int = 1
 
 
 def find_machine(device: Literal["auto", "cuda", "cpu"], *, device_memory_gb: float | None) -> Machine:
@@ -31,7 +32,7 @@ def find_machine(device: Literal["auto", "cuda", "cpu"], *, device_memory_gb: fl
     gpus = _gpu_memory()
     if gpus or device == "cuda":
         # The smallest decides: every device gets the same share.
-        return Machine(on_gpu=True, device_bytes=min(gpus, default=None))
+        return Machine(on_gpu=True, device_bytes=min(gpus, default=None), devices=max(1, len(gpus)))
     return Machine(on_gpu=False, device_bytes=_main_memory())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, cast
 
 from dpo_cli.config.schema import Config, RMSpropConfig
 from dpo_cli.config.shipped import choices
@@ -43,9 +44,13 @@ class Plan:
 def plan_run(config: Config, machine: Machine | None = None) -> Plan:
     """machine: what the run will use, where that is known already. Raises ModelError for a model without sizes."""
     hardware = config.hardware
-    machine = machine or find_machine(hardware.device, device_memory_gb=hardware.device_memory_gb)
+    if machine is None:
+        machine = find_machine(hardware.device, device_memory_gb=hardware.device_memory_gb)
+        workers = hardware.num_workers or machine.devices
+    else:
+        workers = machine.devices
     shape, counted_from = read_shape(config.model.path, config.model.revision)
-    layout = layout_of(config, on_gpu=machine.on_gpu)
+    layout = layout_of(config, machine, workers=workers)
     memory = forecast_memory(shape, layout)
     proposed: list[Remedy] = []
     if machine.device_bytes is not None and not fits(memory, machine.device_bytes):
@@ -72,9 +77,10 @@ def plan_or_nothing(config: Config, machine: Machine) -> Plan | None:
         return None
 
 
-def layout_of(config: Config, *, on_gpu: bool) -> Layout:
+def layout_of(config: Config, machine: Machine, *, workers: int) -> Layout:
+    hardware = config.hardware
     model, optimizer, lora = config.model, config.optimizer, config.model.lora
-    half = model.dtype in ("bfloat16", "float16") or (model.dtype == "auto" and on_gpu)
+    half = model.dtype in ("bfloat16", "float16") or (model.dtype == "auto" and machine.on_gpu)
     targets = None if lora is None else lora.target_modules
     return Layout(
         tokens=config.tokens_per_microbatch,
@@ -86,5 +92,9 @@ def layout_of(config: Config, *, on_gpu: bool) -> Layout:
         else LoraLayout(lora.rank, targets if isinstance(targets, str) else tuple(targets or ())),
         optimizer=optimizer.name,
         momentum=isinstance(optimizer, RMSpropConfig) and optimizer.momentum > 0,
-        on_gpu=on_gpu,
+        on_gpu=machine.on_gpu,
+        zero_stage=cast(Literal[0, 1, 2, 3] | None, hardware.zero_stage),
+        workers=workers if hardware.is_distributed else 1,
+        offload_optimizer=hardware.offload_optimizer if hardware.is_distributed else "none",
+        offload_parameters=hardware.offload_parameters if hardware.is_distributed else "none",
     )

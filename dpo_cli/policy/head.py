@@ -90,13 +90,60 @@ def install_scoring_head(head: nn.Module, transform: LogitTransform, *, chunk_to
     head.forward = forward  # type: ignore[method-assign, assignment]
 
 
-# From a chunk's log-probs (tokens, vocabulary) and its targets (tokens,).
-_STATISTICS: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
-    # x * exp(x) with x = -inf would be NaN; a vocabulary entry that is masked out has probability zero.
-    "entropy": lambda logps, _: -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(-1),
-    "correct": lambda logps, targets: logps.argmax(-1) == targets,
-    "sum_squared_probs": lambda logps, _: (2 * logps).exp().sum(-1),
+class _Chunk(NamedTuple):
+    """One chunk's softmax, unnormalised: what statistics are computed from.
+
+    shifted: logits minus their row's largest, (tokens, vocabulary); exps: exp(shifted); norm: sums of exps, (tokens,).
+    best: the entry with the largest logit, (tokens,); targets: (tokens,).
+    """
+
+    shifted: Tensor
+    exps: Tensor
+    norm: Tensor
+    best: Tensor
+    targets: Tensor
+
+
+def _row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over the vocabulary of left * right without keeping the products."""
+    return torch.bmm(left[:, None], right[:, :, None])[:, 0, 0]
+
+
+def _entropy(chunk: _Chunk) -> Tensor:
+    # A vocabulary entry that is masked out has probability zero, and 0 * -inf would be NaN.
+    shifted = chunk.shifted.clamp_(min=torch.finfo(chunk.shifted.dtype).min)
+    return chunk.norm.log() - _row_dots(chunk.exps, shifted) / chunk.norm
+
+
+_STATISTICS: dict[Statistic, Callable[[_Chunk], Tensor]] = {
+    "entropy": _entropy,
+    "correct": lambda chunk: chunk.best == chunk.targets,
+    "sum_squared_probs": lambda chunk: _row_dots(chunk.exps, chunk.exps) / chunk.norm.square(),
 }
+
+
+class _Buffers:
+    """The chunk-sized tensors of one pass, allocated once: on a CPU a fresh one costs as much as a matrix product."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._shape, self._dtype, self._device = (rows, columns), dtype, device
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int) -> Tensor:
+        if name not in self._held:
+            self._held[name] = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        return self._held[name][:rows]
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+        """Transformed logits of a chunk's hidden states (tokens, hidden), ours to change in place."""
+        logits = self.take("logits", len(hidden))
+        if hidden.dtype == logits.dtype and weight.dtype == logits.dtype:
+            torch.mm(hidden, weight.T, out=logits)
+            if bias is not None:
+                logits.add_(bias)
+        else:
+            logits.copy_(F.linear(hidden, weight, bias))
+        return transform(logits)
 
 
 class _ChunkedLogps(torch.autograd.Function):
@@ -118,16 +165,19 @@ class _ChunkedLogps(torch.autograd.Function):
         logps, log_norms, *found = (
             torch.empty(tokens, dtype=dtype, device=hidden.device) for _ in range(2 + len(names))
         )
+        buffers = _Buffers(min(chunk, tokens), len(weight), dtype, hidden.device)
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
-            wanted = targets[part, None]
-            logits = transform(F.linear(hidden[part], weight, bias).to(dtype))
-            log_norm = logits.logsumexp(-1, keepdim=True)
-            log_norms[part] = log_norm[:, 0]
-            logits.sub_(log_norm)
-            logps[part] = logits.gather(-1, wanted)[:, 0]
+            logits = buffers.logits(hidden[part], weight, bias, transform)
+            largest, best = logits.max(-1)
+            shifted = logits.sub_(largest[:, None])
+            exps = torch.exp(shifted, out=buffers.take("exps", len(shifted)))
+            norm = exps.sum(-1)
+            log_norm = norm.log()
+            log_norms[part] = largest + log_norm
+            logps[part] = shifted.gather(-1, targets[part, None])[:, 0] - log_norm
             for name, statistic in zip(names, found, strict=True):
-                statistic[part] = _STATISTICS[name](logits, targets[part])
+                statistic[part] = _STATISTICS[name](_Chunk(shifted, exps, norm, best, targets[part]))
         ctx.save_for_backward(hidden, weight, bias, targets, log_norms)
         ctx.transform, ctx.chunk = transform, chunk
         ctx.mark_non_differentiable(*found)
@@ -142,13 +192,19 @@ class _ChunkedLogps(torch.autograd.Function):
         # Summed over chunks in float32: a bf16 running sum would lose what each chunk adds.
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if wants_bias and bias is not None else None
+        buffers = _Buffers(min(ctx.chunk, len(targets)), len(weight), grad.dtype, hidden.device)
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logits = ctx.transform(F.linear(hidden[part], weight, bias).to(grad.dtype))
-            probs = (logits - log_norms[part, None]).exp_()
+            logits = buffers.logits(hidden[part], weight, bias, ctx.transform)
+            # The soft cap's slope needs the logits once more; without it their memory becomes the slope's.
+            slope = torch.sub(
+                logits,
+                log_norms[part, None],
+                out=logits if ctx.transform.softcap is None else buffers.take("slope", len(logits)),
+            )
             # d logp_target / d logits = onehot(target) - softmax
-            slope = probs.neg_().scatter_add_(-1, targets[part, None], torch.ones_like(probs[:, :1]))
-            slope = ctx.transform.backward(slope.mul_(grad[part, None]), logits)
+            slope.exp_().mul_(-grad[part, None]).scatter_add_(-1, targets[part, None], grad[part, None])
+            slope = ctx.transform.backward(slope, logits)
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
             slope = slope.to(weight.dtype)

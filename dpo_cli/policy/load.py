@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from dpo_cli.policy.lora import LoraSettings
+
+Reading = Callable[[torch.dtype], AbstractContextManager[None]]
+
+
+def _plainly(dtype: torch.dtype) -> AbstractContextManager[None]:
+    return nullcontext()
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Leftovers of older files that no model reads: position tables and masks that are computed today.
@@ -98,14 +105,28 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    settings: ModelSettings, *, device: torch.device, seed: int, max_tokens: int | None = None
+    settings: ModelSettings,
+    *,
+    device: torch.device,
+    seed: int,
+    max_tokens: int | None = None,
+    reading: Reading = _plainly,
 ) -> LoadedModel:
     """The policy at its start: base weights, the SFT adapter merged in, new LoRA adapters injected, as asked.
 
-    seed: of LoRA's random half. max_tokens: the longest prompt + response, where it is known.
+    seed: of LoRA's random half. max_tokens: the longest prompt + response, where it is known. reading: entered while
+    weights of a dtype are read.
     Raises ModelError for whatever would fail or mislead later.
     """
-    loaded = _load(settings, settings.path, settings.revision, settings.adapter, device=device, max_tokens=max_tokens)
+    loaded = _load(
+        settings,
+        settings.path,
+        settings.revision,
+        settings.adapter,
+        device=device,
+        max_tokens=max_tokens,
+        reading=reading,
+    )
     if settings.lora is not None:
         from dpo_cli.policy.lora import add_lora
 
@@ -118,7 +139,12 @@ def load_model(
 
 
 def load_reference(
-    settings: ModelSettings, policy: LoadedModel, *, device: torch.device, max_tokens: int | None = None
+    settings: ModelSettings,
+    policy: LoadedModel,
+    *,
+    device: torch.device,
+    max_tokens: int | None = None,
+    reading: Reading = _plainly,
 ) -> LoadedModel | None:
     """The reference where it is another model than the policy at its start, frozen; None where it is that policy.
 
@@ -138,7 +164,14 @@ def load_reference(
     if name != "base" and (resolve_model_folder(path) / "adapter_config.json").is_file():
         path, revision, adapter = settings.path, settings.revision, path
     loaded = _load(
-        settings, path, revision, adapter, device=device, max_tokens=max_tokens, fallback_tokenizer=policy.tokenizer
+        settings,
+        path,
+        revision,
+        adapter,
+        device=device,
+        max_tokens=max_tokens,
+        fallback_tokenizer=policy.tokenizer,
+        reading=reading,
     )
     check_same_vocabulary(policy.tokenizer, loaded.tokenizer, where=str(loaded.folder))
     loaded.model.requires_grad_(False)
@@ -155,6 +188,7 @@ def _load(
     device: torch.device,
     max_tokens: int | None,
     fallback_tokenizer: PreTrainedTokenizerBase | None = None,
+    reading: Reading,
 ) -> LoadedModel:
     trust = settings.trust_remote_code
     folder = resolve_model_folder(path, revision, trust_remote_code=trust)
@@ -175,7 +209,9 @@ def _load(
             raise
         tokenizer = fallback_tokenizer
 
-    model = _read_weights(folder, config, dtype, trust_remote_code=trust)
+    # An adapter is merged into whole weights; they are partitioned afterwards.
+    with reading(dtype) if adapter_folder is None else _plainly(dtype):
+        model = _read_weights(folder, config, dtype, trust_remote_code=trust)
     check_modules(model, where=str(folder))
     check_tokenizer_fits(tokenizer, model, where=str(folder))
     if adapter_folder is not None:

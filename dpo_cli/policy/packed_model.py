@@ -53,7 +53,7 @@ class PackedModel(nn.Module):
 
 
 @torch.no_grad()
-def score_examples(packed: PackedModel, examples: Sequence[PromptWithResponses]) -> list[list[NDArray[np.float32]]]:
+def score_examples(packed: nn.Module, examples: Sequence[PromptWithResponses]) -> list[list[NDArray[np.float32]]]:
     """Per example and response, the log-prob of each of its tokens: (tokens,) in nats, from one forward pass."""
     row = pack(examples)
     logps = packed(row).logps.cpu().numpy()

@@ -77,14 +77,15 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMo
     More rows than tokens are ordinary (padded for speed) and pass.
     """
     needed = highest_token_id(tokenizer) + 1
-    ends: tuple[tuple[str, Any], ...] = (
-        ("embeddings", model.get_input_embeddings()),
-        ("head", model.get_output_embeddings()),
+    # Not the weights' shapes: of partitioned weights a rank may hold none.
+    ends: tuple[tuple[str, Any, str], ...] = (
+        ("embeddings", model.get_input_embeddings(), "num_embeddings"),
+        ("head", model.get_output_embeddings(), "out_features"),
     )
-    for part, module in ends:
+    for part, module, size in ends:
         if module is None:
             raise ModelError(f"The model {type(model).__name__} has no {part}, so it cannot score tokens.", where=where)
-        rows = int(module.weight.shape[0])
+        rows = int(getattr(module, size, len(module.weight)))
         if rows < needed:
             raise ModelError(
                 f"The tokenizer has tokens up to id {needed - 1:,}, and the model's {part} only {rows:,} rows.",

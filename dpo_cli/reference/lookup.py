@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -47,6 +48,11 @@ class ScoringPlan:
     def tokens(self) -> int:
         """Packed tokens that the scoring pass will feed the model."""
         return sum(unit.size for unit in self.units)
+
+    @property
+    def digest(self) -> str:
+        """What is to be scored, in a few letters: equal where plans are."""
+        return hashlib.blake2b(self.missing["key"].tobytes(), digest_size=8).hexdigest()
 
     def line(self, store: ReferenceStore) -> str:
         """Hit, miss and why, for the screen."""

@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpo_cli.data.example import Example, Examples
+from dpo_cli.engine.ranks import Ranks, SoleRank
 from dpo_cli.errors import Interrupted, StoreError
 from dpo_cli.reference.keys import example_keys, key_array, key_bytes
 from dpo_cli.reference.lookup import ScoringPlan, chunks, plan_scoring
@@ -41,11 +43,13 @@ def reference_sums(
     progress: Progress = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
     flush_seconds: float = 30.0,
+    ranks: Ranks | None = None,
 ) -> ReferenceSums:
     """Reference sums of `examples` (those at `indices`, or all), scoring what the store does not have yet.
 
     make_score: builds the scoring function; called at most once, and not at all when nothing is missing.
     report: gets the hit/miss line and a line for every damaged shard.
+    ranks: all of them call this together; each scores its share, and all get the sums.
     Raises Interrupted once `should_stop` says so, after what was scored is on disk; StoreError for log-probs that are
     not finite, values that came with the data and cannot be used, and disks that refuse.
 
@@ -56,7 +60,12 @@ def reference_sums(
     chosen = np.arange(len(examples)) if indices is None else np.unique(np.asarray(indices, dtype=np.int64))
     for message in store.damaged:
         report(message)
+    ranks = ranks or SoleRank()
     plan = plan_scoring(examples, store, indices=chosen, tokens_per_batch=tokens_per_batch)
+    # Another run may have added shards while some ranks had looked already: look again until all see the same.
+    while len(set(ranks.gather(plan.digest))) > 1:
+        store.refresh()
+        plan = plan_scoring(examples, store, indices=chosen, tokens_per_batch=tokens_per_batch)
     report(plan.line(store))
     if plan.batches:
         score_missing(
@@ -67,8 +76,16 @@ def reference_sums(
             progress=progress,
             should_stop=should_stop,
             flush_seconds=flush_seconds,
+            ranks=ranks,
         )
-    return collect_sums(examples, store, indices=chosen)
+        ranks.barrier()
+    sums = None
+    if ranks.is_main:
+        _wait_until_visible(store, plan)
+        sums = collect_sums(examples, store, indices=chosen)
+    whole = ranks.broadcast(sums)
+    assert whole is not None
+    return whole
 
 
 def score_missing(
@@ -80,32 +97,55 @@ def score_missing(
     progress: Progress = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
     flush_seconds: float = 30.0,
+    ranks: Ranks | None = None,
 ) -> None:
-    """Score the plan's batches, largest first, into the store.
+    """Score the plan's batches, largest first, into the store; each rank its share, in shards of its own.
 
     Largest first, so that running out of memory happens in the first second and not in the last.
     """
+    ranks = ranks or SoleRank()
     names = key_bytes(plan.missing["key"])
     done, total = 0, plan.tokens
+    largest_first = plan.batches[::-1]
     with store.writer(flush_seconds=flush_seconds) as writer:
-        for number, batch in enumerate(reversed(plan.batches)):
+        for start in range(0, len(largest_first), ranks.size):
+            together = largest_first[start : start + ranks.size]
             if should_stop():
                 raise Interrupted(
-                    f"stopped while scoring the reference; {number:,} of {len(plan.batches):,} batches are kept.",
+                    f"stopped while scoring the reference; {start:,} of {len(plan.batches):,} batches are kept.",
                     where=str(store.folder),
                     hint="start the same command again: it goes on from there",
                 )
-            units = [plan.units[position] for position in batch]
+            # Where weights are partitioned no rank may sit out a forward pass: one without a batch repeats the last.
+            idle = ranks.rank >= len(together)
+            units = [plan.units[position] for position in together[-1 if idle else ranks.rank]]
             questions = [_unit_example(unit, plan, examples) for unit in units]
             answers = score(questions)
+            done += sum(plan.units[position].size for batch in together for position in batch)
+            progress(done, total)
+            if idle:
+                continue
             keys: list[bytes] = []
             logps: list[Logps] = []
             for unit, question, answer in zip(units, questions, answers, strict=True):
                 keys += [names[member] for member in unit.members]
                 logps += _checked(question, answer)
             writer.add(keys, logps)
-            done += sum(unit.size for unit in units)
-            progress(done, total)
+
+
+def _wait_until_visible(store: ReferenceStore, plan: ScoringPlan, *, patience_seconds: float = 120.0) -> None:
+    """Take in what other ranks have written; on a network file system it may be a while before it is seen."""
+    deadline = time.monotonic() + patience_seconds
+    store.refresh()
+    while store.missing(plan.missing["key"]).any():
+        if time.monotonic() > deadline:
+            raise StoreError(
+                "what other ranks have scored is not seen here.",
+                where=str(store.folder),
+                hint="store_dir= must be a folder that all machines share",
+            )
+        time.sleep(0.5)
+        store.refresh()
 
 
 def collect_sums(examples: Examples, store: ReferenceStore, *, indices: NDArray[np.int64]) -> ReferenceSums:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_cli.batch.layout import PackedRow, pack, sum_by_response, tokens_by_response
 from dpo_cli.data.example import Example
-from dpo_cli.engine.single_device import SingleDeviceEngine
+from dpo_cli.engine.interface import Engine
+from dpo_cli.engine.ranks import Ranks, SoleRank, sum_floats
 from dpo_cli.errors import NonFiniteError
 from dpo_cli.losses.types import Statistic
-from dpo_cli.policy.packed_model import PackedModel
+from dpo_cli.policy.head import TokenScores
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.micro_batch import Indices, MicroBatch, PreferenceData
-from dpo_cli.train.objective import Objective, ResponseLogps
+from dpo_cli.train.objective import Objective, ResponseLogps, concatenated
 
 # What every training step and evaluation logs of the policy's distributions: the entropy of the responses that are
 # trained on, and how often the most probable token is that of the first response (TRL's mean_token_accuracy).
@@ -25,10 +27,9 @@ _LOGGED: frozenset[Statistic] = frozenset({"entropy", "correct"})
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a training step leaves to be decided: its loss and gradient norm (0-d), its metrics, its size in tokens."""
+    """This rank's part of a training step before the weights move: loss (0-d), metrics, size in tokens."""
 
     loss: Tensor
-    gradient_norm: Tensor
     metrics: MetricSums
     tokens: int
 
@@ -48,20 +49,22 @@ class StartingPoint:
 
 @dataclass(frozen=True)
 class BatchLoss:
-    """A policy, an objective, and how the two make a loss of micro-batches."""
+    """A policy, an objective, and how the two make a loss of micro-batches, each rank having its share of them.
 
-    policy: PackedModel
+    policy: the packed model, or what an engine has made of it.
+    """
+
+    policy: nn.Module
     objective: Objective
     device: torch.device
+    ranks: Ranks = field(default_factory=SoleRank)
 
-    def accumulate_gradient(self, micros: Sequence[MicroBatch], engine: SingleDeviceEngine) -> StepOutcome:
+    def accumulate_gradient(self, micros: Sequence[MicroBatch], engine: Engine) -> StepOutcome:
         """Forward and backward over a global batch; the weights have not moved yet."""
         metrics = MetricSums()
-        normaliser = self.objective.normaliser(_examples(micros))
-        backward = self._coupled if self.objective.declaration.couples_batch else self._independent
-        loss, tokens = backward(micros, engine, normaliser, metrics)
-        metrics.add("loss", loss)
-        return StepOutcome(loss=loss, gradient_norm=engine.gradient_norm(), metrics=metrics, tokens=tokens)
+        backward = self._coupled if self._couples else self._independent
+        loss, tokens = backward(micros, engine, self._normaliser(micros), metrics)
+        return StepOutcome(loss=loss, metrics=metrics, tokens=tokens)
 
     @torch.no_grad()
     def evaluate(
@@ -80,40 +83,52 @@ class BatchLoss:
         for indices in _groups(len(data.examples), global_pairs):
             if should_stop():
                 return None
-            micros = data.microbatches(indices, tokens_per_microbatch=tokens_per_microbatch)
-            examples = _examples(micros)
-            whole = self._whole_batch(micros, metrics)
-            values = self.objective(whole, examples)
-            total += values.values.sum()
-            normaliser += self.objective.normaliser(examples)
-            self.objective.record(metrics, values, whole, examples)
-        return {"loss": float(total) / normaliser, **metrics.means()}
+            micros = data.microbatches(indices, tokens_per_microbatch=tokens_per_microbatch, ranks=self.ranks)
+            logps, examples = self._batch(micros, metrics)
+            if examples and self._counts:
+                values = self.objective(logps, examples)
+                total += values.values.sum()
+                normaliser += self.objective.normaliser(examples)
+                self.objective.record(metrics, values, logps, examples)
+        total_value, normaliser = sum_floats(self.ranks, float(total), normaliser, device=self.device)
+        return {"loss": total_value / normaliser, **metrics.over_ranks(self.ranks).means()}
 
     @torch.no_grad()
     def starting_point(self, data: PreferenceData, indices: Indices, *, tokens_per_microbatch: int) -> StartingPoint:
         """Compare the policy with its reference before the first step; `data` must have references."""
-        micros = data.microbatches(indices, tokens_per_microbatch=tokens_per_microbatch)
-        examples = _examples(micros)
-        whole = self._whole_batch(micros, MetricSums())
-        if whole.reference is None:
-            raise ValueError("there is no reference to compare with")
-        normaliser = self.objective.normaliser(examples)
-        loss, expected = (
-            float(self.objective(logps, examples).values.sum()) / normaliser
-            for logps in (whole, replace(whole, reference=whole.policy))
-        )
-        differences = (whole.policy - whole.reference).abs() / whole.tokens.sqrt()
-        return StartingPoint(loss=loss, expected=expected, difference=float(differences.max()))
+        micros = data.microbatches(indices, tokens_per_microbatch=tokens_per_microbatch, ranks=self.ranks)
+        logps, examples = self._batch(micros, MetricSums())
+        loss = expected = normaliser = difference = 0.0
+        if examples:
+            if logps.reference is None:
+                raise ValueError("there is no reference to compare with")
+            difference = float(((logps.policy - logps.reference).abs() / logps.tokens.sqrt()).max())
+            if self._counts:
+                normaliser = self.objective.normaliser(examples)
+                loss = float(self.objective(logps, examples).values.sum())
+                expected = float(self.objective(replace(logps, reference=logps.policy), examples).values.sum())
+        loss, expected, normaliser = sum_floats(self.ranks, loss, expected, normaliser, device=self.device)
+        differences = self.ranks.gather(difference)
+        # A NaN must not be passed over, as max() may.
+        worst = float("nan") if any(map(math.isnan, differences)) else max(differences)
+        return StartingPoint(loss=loss / normaliser, expected=expected / normaliser, difference=worst)
 
-    def blame(self, micros: Sequence[MicroBatch], engine: SingleDeviceEngine) -> NonFiniteError:
+    def blame(self, micros: Sequence[MicroBatch], engine: Engine) -> NonFiniteError:
         """Find the rows whose loss or gradient is not finite, one by one; the weights have not moved."""
         engine.forget_gradient()
-        guilty = []
-        for micro in (alone for together in micros for alone in together.alone()):
-            outcome = self.accumulate_gradient([micro], engine)
-            if not torch.isfinite(torch.stack((outcome.loss, outcome.gradient_norm.double()))).all():
-                guilty.append(micro.examples[0].origin)
-            engine.forget_gradient()
+        alone = [single for micro in micros if not micro.idle for single in micro.alone()]
+        # Under partitioned weights every forward pass needs all ranks.
+        rounds = max(self.ranks.gather(len(alone)))
+        spare = micros[0].alone()[0]
+        mine = []
+        for number in range(rounds):
+            micro = alone[number] if number < len(alone) else spare
+            row = pack(micro.examples, first_responses=self.objective.trained_responses)
+            logps = self._response_logps(row, micro, MetricSums(), first_responses=self.objective.trained_responses)
+            finite = engine.is_finite(self.objective(logps, micro.examples).values.sum())
+            if not finite and number < len(alone):
+                mine.append(micro.examples[0].origin)
+        guilty = [origin for origins in self.ranks.gather(mine) for origin in origins]
         rows = ", ".join(guilty[:5]) + (f" and {len(guilty) - 5} more" if len(guilty) > 5 else "")
         return NonFiniteError(
             "The loss or its gradient is not finite; the weights were not moved by this step.",
@@ -121,66 +136,91 @@ class BatchLoss:
             hint="a lower optimizer.lr, model.dtype=float32, or remove the rows named",
         )
 
+    @property
+    def _couples(self) -> bool:
+        return self.objective.declaration.couples_batch
+
+    @property
+    def _counts(self) -> bool:
+        """Whether what `_batch` gave is to be counted here: a coupled loss's batch is whole on every rank."""
+        return self.ranks.is_main or not self._couples
+
+    def _normaliser(self, micros: Sequence[MicroBatch]) -> float:
+        """What the values of the global batch are divided by."""
+        (normaliser,) = sum_floats(self.ranks, self.objective.normaliser(_examples(micros)), device=self.device)
+        return normaliser
+
     def _independent(
-        self, micros: Sequence[MicroBatch], engine: SingleDeviceEngine, normaliser: float, metrics: MetricSums
+        self, micros: Sequence[MicroBatch], engine: Engine, normaliser: float, metrics: MetricSums
     ) -> tuple[Tensor, int]:
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for micro in micros:
             row = pack(micro.examples, first_responses=self.objective.trained_responses)
-            logps = self._response_logps(row, micro, metrics, first_responses=self.objective.trained_responses)
+            counted = MetricSums() if micro.idle else metrics
+            logps = self._response_logps(row, micro, counted, first_responses=self.objective.trained_responses)
             values = self.objective(logps, micro.examples)
             share = values.values.sum() / normaliser
+            if micro.idle:
+                engine.backward(share * 0.0)
+                continue
             engine.backward(share)
             total += share.detach()
             tokens += len(row.input_ids)
-            self.objective.record(metrics, values, logps, micro.examples)
+            self.objective.record(counted, values, logps, micro.examples)
         return total, tokens
 
     def _coupled(
-        self, micros: Sequence[MicroBatch], engine: SingleDeviceEngine, normaliser: float, metrics: MetricSums
+        self, micros: Sequence[MicroBatch], engine: Engine, normaliser: float, metrics: MetricSums
     ) -> tuple[Tensor, int]:
         """A loss that couples the batch sees all of it at once: d loss / d log-probs there, then through each part."""
-        examples = _examples(micros)
-        whole = self._whole_batch(micros, metrics)
+        with torch.no_grad():
+            whole, examples = self._batch(micros, metrics)
         leaf = whole.policy.detach().requires_grad_()
         values = self.objective(replace(whole, policy=leaf), examples)
         loss = values.values.sum() / normaliser
         (slopes,) = torch.autograd.grad(loss, leaf)
-        self.objective.record(metrics, values, whole, examples)
+        if self._counts:
+            self.objective.record(metrics, values, whole, examples)
 
-        tokens, start, first = 0, 0, self.objective.trained_responses
+        before = sum(self.ranks.gather(_responses(micros))[: self.ranks.rank])
+        tokens, start, first = 0, before, self.objective.trained_responses
         for micro in micros:
+            row = pack(micro.examples, first_responses=first).to(self.device)
+            logps = sum_by_response(row, self.policy(row).logps)
+            if micro.idle:
+                engine.backward(logps.sum() * 0.0)
+                continue
             counts = [len(example.responses) for example in micro.examples]
             stop = start + sum(counts)
             trained = torch.cat([part[:first] for part in slopes[start:stop].split(counts)])
             start = stop
-            row = pack(micro.examples, first_responses=first).to(self.device)
-            engine.backward((sum_by_response(row, self.policy(row).logps) * trained).sum())
+            engine.backward((logps * trained).sum())
             tokens += len(row.input_ids)
-        return loss.detach(), tokens
+        # Every rank knows the whole loss; their sum must be it.
+        return loss.detach() if self._counts else torch.zeros_like(loss), tokens
 
     @torch.no_grad()
-    def _whole_batch(self, micros: Sequence[MicroBatch], metrics: MetricSums) -> ResponseLogps:
-        """All responses of all micro-batches, without gradient."""
-        parts = [self._response_logps(pack(micro.examples), micro, metrics, first_responses=None) for micro in micros]
-        references = [part.reference for part in parts if part.reference is not None]
-        return ResponseLogps(
-            policy=torch.cat([part.policy for part in parts]),
-            reference=torch.cat(references) if references else None,
-            tokens=torch.cat([part.tokens for part in parts]),
-            per_example=tuple(count for part in parts for count in part.per_example),
-            statistics={
-                name: torch.cat([part.statistics[name] for part in parts])
-                for name in self.objective.declaration.statistics
-            },
-        )
+    def _batch(self, micros: Sequence[MicroBatch], metrics: MetricSums) -> tuple[ResponseLogps, list[Example]]:
+        """All responses of this rank's micro-batches, without gradient; of all ranks' where the loss couples them."""
+        parts = []
+        for micro in micros:
+            row = pack(micro.examples)
+            part = self._response_logps(row, micro, MetricSums() if micro.idle else metrics, first_responses=None)
+            if not micro.idle:
+                parts.append(part)
+        examples = _examples(micros)
+        if self._couples and self.ranks.size > 1:
+            told = self.ranks.gather(([part.to(torch.device("cpu")) for part in parts], examples))
+            parts = [part.to(self.device) for others, _ in told for part in others]
+            examples = [example for _, others in told for example in others]
+        return concatenated(parts, self.device), examples
 
     def _response_logps(
         self, row: PackedRow, micro: MicroBatch, metrics: MetricSums, *, first_responses: int | None
     ) -> ResponseLogps:
         row = row.to(self.device)
         declared = self.objective.declaration.statistics
-        scores = self.policy(row, _LOGGED | declared)
+        scores: TokenScores = self.policy(row, _LOGGED | declared)
         firsts = _of_first_responses(row)
         # A response borrowed from another prompt, or one that is only evaluated, is no example of what is being learnt.
         learnt = None if self.objective.trained_responses is None else firsts
@@ -196,7 +236,11 @@ class BatchLoss:
 
 
 def _examples(micros: Sequence[MicroBatch]) -> list[Example]:
-    return [example for micro in micros for example in micro.examples]
+    return [example for micro in micros if not micro.idle for example in micro.examples]
+
+
+def _responses(micros: Sequence[MicroBatch]) -> int:
+    return sum(len(example.responses) for example in _examples(micros))
 
 
 def _of_first_responses(row: PackedRow) -> Tensor:

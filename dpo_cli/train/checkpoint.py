@@ -1,12 +1,14 @@
 """Checkpoints that are whole or absent: tensors as safetensors by name, everything else as JSON, nothing pickled.
 
     checkpoints/step-00000050/
-        policy.safetensors  optimizer.safetensors  rng.safetensors     one file a group of tensors
+        policy-00000-00000.safetensors  optimizer-...  rng-...     group, rank that wrote it, part of a bounded size
         state.json          schedule, position, versions
         manifest.json       written last: size, hash, tensor names, dtypes and shapes of every file
 
 A checkpoint is written into a folder of a temporary name, synced, read back and compared with memory, described in the
-manifest, and renamed. Reading verifies every byte against the manifest and falls back to the one before.
+manifest, and renamed. Reading verifies every byte against the manifest and falls back to the one before. Ranks write
+and verify their shares in parallel into one folder, which they all must see; whole tensors by name make what any
+number of them wrote readable by any other number.
 """
 
 from __future__ import annotations
@@ -16,21 +18,26 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dpo_cli.atomic import is_temporary, json_bytes, sync_file, sync_folder, temporary_beside
+from dpo_cli.engine.interface import SavedTensor
+from dpo_cli.engine.ranks import Ranks, SoleRank
 from dpo_cli.errors import CheckpointError
-from dpo_cli.train.manifest import MANIFEST, STATE, TENSORS, describe, problem_with
+from dpo_cli.train.manifest import MANIFEST, STATE, TENSORS, describe, manifest, problem_with
 
-TensorGroups = Mapping[str, Mapping[str, Tensor]]
+# A part of a checkpoint is held in memory while it is written.
+PART_BYTES = 2 * 2**30
+
+T = TypeVar("T")
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _REPLACED_MARK = ".replaced"
@@ -49,18 +56,30 @@ class CheckpointStore:
     """The checkpoints of one run, of which the newest `keep` are kept.
 
     notify: gets one sentence for each damaged checkpoint that is passed over.
-    Opening reads and changes nothing; a process that will write calls `recover` first.
+    Opening reads and changes nothing; a process that will write calls `recover` first. With several ranks every method
+    is called by all of them.
     """
 
-    def __init__(self, folder: Path, *, keep: int, notify: Callable[[str], None] = lambda message: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        ranks: Ranks | None = None,
+        notify: Callable[[str], None] = lambda message: None,
+    ) -> None:
         self.folder = folder
         self.keep = keep
+        self._ranks: Ranks = ranks or SoleRank()
         self._notify = notify
 
     def recover(self) -> None:
         """Clear away what a killed process left: unfinished folders, and a replacement that was not completed."""
-        if not self.folder.exists():
-            return
+        if self._ranks.is_main and self.folder.exists():
+            self._recover()
+        self._ranks.barrier()
+
+    def _recover(self) -> None:
         for path in sorted(self.folder.iterdir()):
             if is_temporary(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -71,51 +90,85 @@ class CheckpointStore:
                 else:
                     path.rename(original)
 
-    def save(self, step: int, tensors: TensorGroups, state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, tensors: Iterable[SavedTensor], state: Mapping[str, Any], *, needed: int = 0) -> Path:
         """Write, verify and publish a checkpoint, then prune older ones. Returns its folder.
 
-        tensors: by group (a file each) and name, on any device. state: JSON-able.
-        Raises CheckpointError when the disk is full or returns other bytes than were written; nothing of the failed
-        checkpoint remains then and every earlier one does.
+        tensors: this rank's share, on any device; consumed to its end even when the disk is full, as other ranks may
+        be needed to make them and are not to wait in vain. state: JSON-able, the main rank's counts. needed: bytes.
+        Raises CheckpointError on every rank when the disk of any is full or returns other bytes than were written;
+        nothing of the failed checkpoint remains then and every earlier one does.
         """
         final = self.folder / f"step-{step:08d}"
-        temporary = temporary_beside(final)
-        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+        temporary = self._ranks.broadcast(temporary_beside(final))
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if needed > _free_bytes(self.folder):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            temporary.mkdir()
-            names = [_write_group(temporary, name, group) for name, group in tensors.items()]
-            # A metric may be NaN and still be resumed; only this tool reads the file.
-            _write_synced(temporary / STATE, json.dumps(dict(state), indent=2).encode())
-            _write_synced(temporary / MANIFEST, json_bytes(describe(temporary, step, [*names, STATE])))
-            sync_folder(temporary)
-            self._publish(temporary, final)
+            self._together(lambda: self._begin(temporary, needed), main_only=True)
+            share = self._together(lambda: _write_share(temporary, tensors, self._ranks.rank))
+            files = {name: told for part in self._ranks.gather(share or {}) for name, told in part.items()}
+            self._together(lambda: self._finish(temporary, final, step, files, state), main_only=True)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._discard(temporary)
             raise self._failed(step, needed, error) from error
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._discard(temporary)
             raise
-        self._prune(newest=step)
         return final
 
     def latest_good(self) -> Checkpoint | None:
         """The newest checkpoint of which every byte is as it was written; None where there is none."""
-        for step, folder in reversed(self._published()):
-            problem = problem_with(folder, step)
+        for step, folder in reversed(self._ranks.broadcast(self._published())):
+            found = problem_with(folder, step, rank=self._ranks.rank, ranks=self._ranks.size)
+            problem = next((told for told in self._ranks.gather(found) if told is not None), None)
             if problem is None:
                 return Checkpoint(step, folder, json.loads((folder / STATE).read_bytes()))
             self._notify(f"checkpoint {folder} is damaged ({problem}); trying the one before it")
         return None
 
-    def load(self, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-        """Its tensors by group and name, on the CPU. Raises CheckpointError when they cannot be read."""
+    def load(self, checkpoint: Checkpoint) -> dict[str, Mapping[str, Tensor]]:
+        """Its tensors by group and name, read to the CPU when they are asked for. Raises CheckpointError."""
+        places: dict[str, dict[str, Path]] = {}
         try:
-            return {path.stem: load_file(path) for path in sorted(checkpoint.folder.glob(f"*{TENSORS}"))}
+            for path in sorted(checkpoint.folder.glob(f"*{TENSORS}")):
+                with safe_open(path, framework="pt") as file:
+                    group = places.setdefault(path.name.split("-", 1)[0], {})
+                    group.update(dict.fromkeys(file.keys(), path))
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"the checkpoint cannot be read: {error}.", where=str(checkpoint.folder)) from error
+            raise _unreadable(checkpoint.folder, error) from error
+        return {group: _StoredTensors(names) for group, names in places.items()}
+
+    def _together(self, work: Callable[[], T], *, main_only: bool = False) -> T | None:
+        """Do `work` on every rank, or on the main one; where it fails on any, raise its error on all."""
+        value, failure = None, None
+        try:
+            if self._ranks.is_main or not main_only:
+                value = work()
+        except (OSError, SafetensorError) as error:
+            failure = error
+        told = self._ranks.gather(None if failure is None else (getattr(failure, "errno", None), str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, problem in enumerate(told):
+            if problem is not None:
+                raise OSError(problem[0], f"{problem[1]}, on rank {rank}")
+        return value
+
+    def _begin(self, temporary: Path, needed: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if needed > _free_bytes(self.folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        temporary.mkdir()
+
+    def _finish(self, temporary: Path, final: Path, step: int, files: dict[str, Any], state: Mapping[str, Any]) -> None:
+        # A metric may be NaN and still be resumed; only this tool reads the file.
+        _write_synced(temporary / STATE, json.dumps(dict(state), indent=2).encode())
+        files |= describe(temporary, [STATE])
+        _write_synced(temporary / MANIFEST, json_bytes(manifest(step, files)))
+        sync_folder(temporary)
+        self._publish(temporary, final)
+        self._prune(newest=step)
+
+    def _discard(self, temporary: Path) -> None:
+        if self._ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _publish(self, temporary: Path, final: Path) -> None:
         """Rename into place. A resumed run may save a step a second time; the first stays until the second is there."""
@@ -160,9 +213,56 @@ class CheckpointStore:
         )
 
 
-def _write_group(folder: Path, name: str, group: Mapping[str, Tensor]) -> str:
+class _StoredTensors(Mapping[str, Tensor]):
+    """Tensors of a checkpoint by name; each is read when it is asked for, so that a large model fits through."""
+
+    def __init__(self, places: Mapping[str, Path]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._places[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _write_share(folder: Path, tensors: Iterable[SavedTensor], rank: int) -> dict[str, Any]:
+    """Write a rank's tensors in files of bounded size; returns their entries of the manifest."""
+    files: dict[str, Any] = {}
+    waiting: dict[str, dict[str, Tensor]] = {}
+    counts: dict[str, int] = {}
+
+    def flush(group: str) -> None:
+        number = counts.get(group, 0)
+        counts[group] = number + 1
+        files.update(_write_part(folder / f"{group}-{rank:05d}-{number:05d}{TENSORS}", waiting.pop(group)))
+
+    stream = iter(tensors)
+    try:
+        for group, name, tensor in stream:
+            part = waiting.setdefault(group, {})
+            part[name] = tensor
+            if sum(held.nbytes for held in part.values()) >= PART_BYTES:
+                flush(group)
+        for group in list(waiting):
+            flush(group)
+    finally:
+        for _ in stream:
+            pass
+    return files
+
+
+def _write_part(path: Path, group: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write one file of tensors and prove that what the disk gives back is what memory holds."""
-    path = folder / f"{name}{TENSORS}"
     tensors = _separate(group)
     save_file(tensors, path)
     sync_file(path)
@@ -173,7 +273,11 @@ def _write_group(folder: Path, name: str, group: Mapping[str, Tensor]) -> str:
         for key, tensor in tensors.items():
             if not _same_bits(file.get_tensor(key), tensor):
                 raise OSError(errno.EIO, f"{key} in {path.name} read back other than it was written")
-    return path.name
+    return describe(path.parent, [path.name])
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"the checkpoint cannot be read: {error}.", where=str(path))
 
 
 def _separate(group: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,11 +20,15 @@ def choose_device(name: str) -> torch.device:
             where="hardware.device=cuda",
             hint="hardware.device=auto takes the CPU then; nvidia-smi tells whether the driver sees the GPU",
         )
+    # Libraries that import DeepSpeed when it is installed make it look for accelerators, and talk about it.
+    os.environ.setdefault("DS_ACCELERATOR", name)
     return torch.device(name)
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, ranks: int = 1) -> str:
     """One line for the screen: what it runs on, and why, where that may surprise."""
+    if ranks > 1:
+        return f"{ranks} ranks, each on {describe(device)}"
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
         return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GiB"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from dpo_cli.batch.order import global_batch, steps_per_epoch
-from dpo_cli.engine.single_device import SingleDeviceEngine
+from dpo_cli.engine.interface import OPTIMIZER, WEIGHTS, Engine, SavedTensor
+from dpo_cli.engine.ranks import Ranks
 from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.checkpoint import Checkpoint, CheckpointStore
 from dpo_cli.train.console import RunConsole
@@ -19,6 +19,9 @@ from dpo_cli.train.metrics_log import MetricsLog
 from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.trackers import Trackers
+
+# The group of a checkpoint that holds the states of random generators.
+RANDOM = "rng"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Training:
 
     settings: LoopSettings
     loss: BatchLoss
-    engine: SingleDeviceEngine
+    engine: Engine
+    ranks: Ranks
     train: PreferenceData
     held_out: PreferenceData | None
     schedule: Callable[[int], float]
@@ -83,42 +87,48 @@ class Training:
                         global_pairs=settings.global_pairs,
                     ),
                     tokens_per_microbatch=settings.tokens_per_microbatch,
+                    ranks=self.ranks,
                 )
                 clock.data_ready()
                 outcome = self.loss.accumulate_gradient(micros, self.engine)
-                # The one host-device synchronisation of a step.
-                loss, norm = torch.stack((outcome.loss, outcome.gradient_norm.double())).tolist()
-                if not (abs(loss) < float("inf") and norm < float("inf")):
-                    raise self.loss.blame(micros, self.engine)
                 learning_rate = self.schedule(progress.step)
-                self.engine.step(learning_rate, outcome.gradient_norm)
+                result = self.engine.step(learning_rate, outcome.loss)
+                if not result.sound:
+                    raise self.loss.blame(micros, self.engine)
 
+                tokens = sum(self.ranks.gather(outcome.tokens))
                 progress.step += 1
-                progress.tokens += outcome.tokens
+                progress.tokens += tokens
                 progress.window.merge(outcome.metrics)
-                clock.step_done(outcome.tokens)
+                if self.ranks.is_main:
+                    progress.window.add("loss", torch.tensor(result.loss, device=self.loss.device))
+                clock.step_done(tokens)
+                stopping = self.stop.agreed(self.ranks)
                 last = progress.step == settings.total_steps
                 if last or _due(progress.step, settings.log_every):
-                    self._log(progress, {"grad_norm": norm, "learning_rate": learning_rate, **clock.read()})
+                    timing = clock.read()
+                    self._log(progress, {"grad_norm": result.gradient_norm, "learning_rate": learning_rate, **timing})
                 self.console.advance(progress.step)
                 if last or _due(progress.step, settings.eval_every):
                     progress.evaluation_due = True
                     self._evaluate(progress)
                     clock = _Clock()
-                if last or _due(progress.step, settings.save_every) or self.stop.requested:
+                if last or _due(progress.step, settings.save_every) or stopping:
                     self._save(progress)
                     clock = _Clock()
-                self.stop.check(f"Step {progress.step} of {settings.total_steps} is saved.")
+                if stopping:
+                    self.stop.check(f"Step {progress.step} of {settings.total_steps} is saved.")
 
     def restore(self, checkpoint: Checkpoint) -> Progress:
         """Put weights, optimiser and random state back; the position comes back as Progress."""
         tensors, state = self.checkpoints.load(checkpoint), checkpoint.state
-        self.engine.load(tensors["policy"], tensors.get("optimizer", {}))
-        restore_random_state(tensors["rng"])
+        self.engine.load(tensors[WEIGHTS], tensors.get(OPTIMIZER, {}))
+        restore_random_state(tensors[RANDOM], self.ranks)
         return Progress(
             step=state["step"],
             tokens=state["tokens"],
-            window=MetricSums.from_state(state["window"], self.loss.device),
+            # Summed over ranks already: one of them goes on with it.
+            window=MetricSums.from_state(state["window"] if self.ranks.is_main else {}, self.loss.device),
             evaluation_due=state["evaluation_due"],
         )
 
@@ -127,21 +137,23 @@ class Training:
         self.trackers.flush()
         self.checkpoints.save(
             progress.step,
-            {
-                "policy": self.engine.weights(),
-                "optimizer": self.engine.optimizer_tensors(),
-                "rng": random_state(),
-            },
+            self._saved_tensors(),
             {
                 "step": progress.step,
                 "tokens": progress.tokens,
-                "window": progress.window.state(),
+                "window": progress.window.over_ranks(self.ranks).state(),
                 "evaluation_due": progress.evaluation_due,
             },
+            needed=self.engine.saved_bytes,
         )
 
+    def _saved_tensors(self) -> Iterator[SavedTensor]:
+        yield from self.engine.saved_tensors()
+        for name, tensor in random_state().items():
+            yield SavedTensor(RANDOM, f"rank-{self.ranks.rank}/{name}", tensor)
+
     def _log(self, progress: Progress, extra: dict[str, float]) -> None:
-        metrics = self._with_derived(progress.window.means())
+        metrics = self._with_derived(progress.window.over_ranks(self.ranks).means())
         metrics.update(extra, epoch=self._epoch(progress.step), num_tokens=progress.tokens)
         progress.window = MetricSums()
         self._record(progress.step, "train", metrics)
@@ -155,7 +167,7 @@ class Training:
                 self.held_out,
                 global_pairs=self.settings.global_pairs,
                 tokens_per_microbatch=self.settings.tokens_per_microbatch,
-                should_stop=lambda: self.stop.requested is not None,
+                should_stop=lambda: self.stop.agreed(self.ranks),
             )
         progress.evaluation_due = metrics is None
         if not metrics:
@@ -164,6 +176,8 @@ class Training:
         self._record(progress.step, "eval", metrics)
 
     def _record(self, step: int, split: str, metrics: dict[str, float]) -> None:
+        if not self.ranks.is_main:
+            return
         self.metrics.append(step=step, split=split, values=metrics)
         self.trackers.log(step, split, metrics)
         self.console.metrics(step, self.settings.total_steps, split, metrics)
@@ -190,10 +204,13 @@ def random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+def restore_random_state(saved: Mapping[str, torch.Tensor], ranks: Ranks) -> None:
+    """Put this rank's generators back; a rank that the saved run did not have goes on with its own."""
+    mine = f"rank-{ranks.rank}/"
+    if f"{mine}cpu" in saved:
+        torch.set_rng_state(saved[f"{mine}cpu"].cpu())
+    if f"{mine}cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved[f"{mine}cuda"].cpu())
 
 
 class _Clock:

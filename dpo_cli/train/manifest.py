@@ -13,11 +13,11 @@ from dpo_cli.atomic import content_hash
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS = ".safetensors"
-_FORMAT = 1
+_FORMAT = 2
 
 
-def describe(folder: Path, step: int, names: list[str]) -> dict[str, Any]:
-    """The manifest, from what lies on the disk."""
+def describe(folder: Path, names: list[str]) -> dict[str, Any]:
+    """The manifest's entries of some files, from what lies on the disk."""
     files: dict[str, Any] = {}
     for name in names:
         path = folder / name
@@ -26,14 +26,21 @@ def describe(folder: Path, step: int, names: list[str]) -> dict[str, Any]:
             with safe_open(path, framework="pt") as file:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
                 files[name]["tensors"] = {key: [part.get_dtype(), part.get_shape()] for key, part in slices.items()}
+    return files
+
+
+def manifest(step: int, files: dict[str, Any]) -> dict[str, Any]:
     return {"format": _FORMAT, "step": step, "files": files}
 
 
-def problem_with(folder: Path, step: int) -> str | None:
-    """What is wrong with a published checkpoint, or None: its manifest is made again and must come out the same."""
+def problem_with(folder: Path, step: int, *, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a published checkpoint, or None: its manifest is made again and must come out the same.
+
+    Of several ranks each looks at every `ranks`-th file.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        written_format, written_step, files = manifest["format"], manifest["step"], dict(manifest["files"])
+        read = json.loads((folder / MANIFEST).read_bytes())
+        written_format, written_step, files = read["format"], read["step"], dict(read["files"])
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -42,9 +49,9 @@ def problem_with(folder: Path, step: int) -> str | None:
         return f"{MANIFEST} is of format {written_format}, this version reads {_FORMAT}"
     if written_step != step or STATE not in files:
         return f"{MANIFEST} belongs to another checkpoint"
-    for name, written in files.items():
+    for name, written in list(files.items())[rank::ranks]:
         try:
-            if describe(folder, step, [name])["files"][name] != written:
+            if describe(folder, [name])[name] != written:
                 return f"{name} is not what {MANIFEST} says"
         except FileNotFoundError:
             return f"{name} is missing"

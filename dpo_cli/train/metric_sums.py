@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dpo_cli.engine.ranks import Ranks
+
 
 class MetricSums:
     """Named sums and counts that stay on the device until somebody asks for the means."""
@@ -38,8 +40,19 @@ class MetricSums:
         rows = torch.stack(list(self._totals.values())).tolist()
         return {name: (total, count) for name, (total, count) in zip(self._totals, rows, strict=True)}
 
+    def over_ranks(self, ranks: Ranks) -> MetricSums:
+        """The sums of all ranks."""
+        if ranks.size == 1:
+            return self
+        whole: dict[str, list[float]] = {}
+        for state in ranks.gather(self.state()):
+            for name, pair in state.items():
+                before = whole.setdefault(name, [0.0, 0.0])
+                whole[name] = [mine + theirs for mine, theirs in zip(before, pair, strict=True)]
+        return MetricSums.from_state({name: (total, count) for name, (total, count) in whole.items()})
+
     @classmethod
-    def from_state(cls, state: Mapping[str, tuple[float, float]], device: torch.device) -> MetricSums:
+    def from_state(cls, state: Mapping[str, tuple[float, float]], device: torch.device | None = None) -> MetricSums:
         sums = cls()
         for name, pair in state.items():
             sums._totals[name] = torch.tensor(pair, dtype=torch.float64, device=device)

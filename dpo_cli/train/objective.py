@@ -40,6 +40,29 @@ class ResponseLogps:
     per_example: tuple[int, ...]
     statistics: Statistics = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> ResponseLogps:
+        return ResponseLogps(
+            policy=self.policy.to(device),
+            reference=None if self.reference is None else self.reference.to(device),
+            tokens=self.tokens.to(device),
+            per_example=self.per_example,
+            statistics={name: sums.to(device) for name, sums in self.statistics.items()},
+        )
+
+
+def concatenated(parts: Sequence[ResponseLogps], device: torch.device) -> ResponseLogps:
+    """The responses of all parts, in their order; of no parts, none."""
+    nothing = torch.zeros(0, dtype=torch.float64, device=device)
+    references = [part.reference for part in parts if part.reference is not None]
+    names = parts[0].statistics if parts else {}
+    return ResponseLogps(
+        policy=torch.cat([nothing, *(part.policy for part in parts)]),
+        reference=torch.cat(references) if references else None,
+        tokens=torch.cat([nothing, *(part.tokens for part in parts)]),
+        per_example=tuple(count for part in parts for count in part.per_example),
+        statistics={name: torch.cat([part.statistics[name] for part in parts]) for name in names},
+    )
+
 
 @dataclass(frozen=True)
 class Objective:

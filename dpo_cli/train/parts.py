@@ -9,9 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from dpo_cli.batch.order import steps_per_epoch
-from dpo_cli.config.schema import AdamWConfig, Config, OptimizerConfig
-from dpo_cli.engine.single_device import OptimizerSettings
+from dpo_cli.config.schema import AdamWConfig, Config, HardwareConfig, OptimizerConfig
+from dpo_cli.engine.backend import Backend, Partitioned, Replicated
+from dpo_cli.engine.interface import OptimizerSettings
+from dpo_cli.engine.ranks import Ranks
+from dpo_cli.engine.zero_config import ZeroSettings
 from dpo_cli.errors import ConfigError
 from dpo_cli.train.loop import LoopSettings
 from dpo_cli.train.schedule import learning_rate
@@ -55,6 +60,20 @@ def schedule_of(optimizer: OptimizerConfig, *, total_steps: int) -> Callable[[in
         total_steps=total_steps,
         final_fraction=optimizer.final_lr_fraction,
     )
+
+
+def backend_of(hardware: HardwareConfig, device: torch.device, ranks: Ranks) -> Backend:
+    """Raises ConfigError where DeepSpeed is needed and not installed."""
+    if not hardware.zero_stage:
+        return Replicated(device, ranks)
+    zero = ZeroSettings(
+        stage=hardware.zero_stage,
+        offload_optimizer=hardware.offload_optimizer,
+        offload_parameters=hardware.offload_parameters,
+        nvme_path=hardware.nvme_path,
+        overrides=hardware.deepspeed,
+    )
+    return Partitioned(device, ranks, zero)
 
 
 def optimizer_settings(optimizer: OptimizerConfig) -> OptimizerSettings:

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from dpo_cli.data.example import Example, Examples
+from dpo_cli.engine.ranks import Ranks
 from dpo_cli.errors import CheckpointError
-from dpo_cli.policy.load import LoadedModel
-from dpo_cli.policy.packed_model import PackedModel, score_examples
-from dpo_cli.reference.identity import model_identity
+from dpo_cli.policy.packed_model import score_examples
 from dpo_cli.reference.score import reference_sums
 from dpo_cli.reference.spot_check import spot_check, tolerance_per_token
-from dpo_cli.reference.store import ReferenceStore, open_store
+from dpo_cli.reference.store import ReferenceStore
 from dpo_cli.reference.sums import ReferenceSums, data_digest
 from dpo_cli.train.console import RunConsole
 from dpo_cli.train.stop import StopRequest
@@ -29,16 +29,20 @@ SPOT_CHECKED_EXAMPLES = 8
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """How references are had: `reference` scores (it is `policy` itself where that is the reference)."""
+    """How references are had: `packed`, with the weights of `dtype_name`, scores into `store`.
 
-    reference: LoadedModel
-    packed: PackedModel
-    store_dir: Path
+    All ranks take part, and all get the same sums.
+    """
+
+    packed: nn.Module
+    dtype_name: str
+    store: ReferenceStore
     run_dir: Path
     tokens_per_batch: int
     seed: int
     console: RunConsole
     stop: StopRequest
+    ranks: Ranks
 
     def sums(self, examples: Examples, split: str, indices: NDArray[np.int64]) -> ReferenceSums:
         """Reference sums of the examples that the run will see, ascending `indices` of one split.
@@ -48,9 +52,7 @@ class ReferencePass:
         Interrupted when asked to stop while scoring.
         """
         file = self.run_dir / f"reference_{split}.safetensors"
-        identity = model_identity(**self.reference.identity, cache_dir=self.store_dir / "hashes")
-        store = open_store(self.store_dir, identity)
-        kept = ReferenceSums.load(file) if file.exists() else None
+        kept = self.ranks.broadcast(ReferenceSums.load(file) if self.ranks.is_main and file.exists() else None)
         if kept is not None and kept.data != data_digest(examples, kept.indices):
             raise CheckpointError(
                 f"The {split} data are not those this run began with.",
@@ -62,26 +64,23 @@ class ReferencePass:
             self.console.say(f"reference: {len(sums.values):,} {split} responses kept by this run")
         else:
             with self.stop.deferred():
-                sums = self._score(
-                    examples, split, indices if kept is None else np.union1d(indices, kept.indices), store
-                )
+                sums = self._score(examples, split, indices if kept is None else np.union1d(indices, kept.indices))
             sums = sums if kept is None else sums.with_values_of(kept)
-            sums.save(file)
+            if self.ranks.is_main:
+                sums.save(file)
         checked = spot_check(
             examples,
             sums,
             self._score_together,
             k=SPOT_CHECKED_EXAMPLES,
             seed=self.seed,
-            tolerance=tolerance_per_token(self.reference.dtype_name),
-            store=store,
+            tolerance=tolerance_per_token(self.dtype_name),
+            store=self.store if self.ranks.is_main else None,
         )
         self.console.say(checked.line)
         return sums
 
-    def _score(
-        self, examples: Examples, split: str, indices: NDArray[np.int64], store: ReferenceStore
-    ) -> ReferenceSums:
+    def _score(self, examples: Examples, split: str, indices: NDArray[np.int64]) -> ReferenceSums:
         with ExitStack() as display:
 
             def progress(done: int, total: int) -> None:
@@ -96,11 +95,12 @@ class ReferencePass:
                 examples,
                 indices=indices,
                 make_score=lambda: self._score_together,
-                store=store,
+                store=self.store,
                 tokens_per_batch=self.tokens_per_batch,
                 report=self.console.say,
                 progress=progress,
-                should_stop=lambda: self.stop.requested is not None,
+                should_stop=lambda: self.stop.agreed(self.ranks),
+                ranks=self.ranks,
             )
 
     def _score_together(self, examples: Sequence[Example]) -> list[list[NDArray[np.float32]]]:

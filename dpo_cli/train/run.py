@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from dpo_cli.atomic import write_json
 from dpo_cli.batch.order import examples_shown, global_batch
-from dpo_cli.config.schema import Config
+from dpo_cli.config.schema import Config, LoggerConfig
 from dpo_cli.data.prepare import PreparedData, prepare_data
-from dpo_cli.engine.single_device import SingleDeviceEngine
+from dpo_cli.engine.backend import Backend
+from dpo_cli.engine.interface import whole_shape
+from dpo_cli.engine.ranks import Ranks, SoleRank
 from dpo_cli.errors import CheckpointError, Interrupted, OutOfMemory, StoreError
 from dpo_cli.forecast.machine import Machine
 from dpo_cli.forecast.plan import plan_or_nothing
@@ -24,32 +29,38 @@ from dpo_cli.policy.load import LoadedModel, load_model, load_reference
 from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.policy.self_test import packed_self_test
 from dpo_cli.policy.tokenizer import load_tokenizer, read_stop_token_ids
-from dpo_cli.reference.identity import model_identity
+from dpo_cli.reference.identity import ModelIdentity, model_identity
 from dpo_cli.reference.spot_check import largest_rounding
+from dpo_cli.reference.store import ReferenceStore, open_store
 from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.checkpoint import CheckpointStore
 from dpo_cli.train.console import RunConsole
 from dpo_cli.train.device import choose_device, describe, environment, make_repeatable, memory_of
-from dpo_cli.train.final import completed_run, write_final
+from dpo_cli.train.final import FINAL, completed_run, write_final
 from dpo_cli.train.loop import LoopSettings, Progress, Training
 from dpo_cli.train.metrics_log import MetricsLog
 from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.objective import Objective
-from dpo_cli.train.parts import build_loss, loop_settings, optimizer_settings, reference_name, schedule_of
+from dpo_cli.train.parts import backend_of, build_loss, loop_settings, optimizer_settings, reference_name, schedule_of
 from dpo_cli.train.reference_pass import ReferencePass, release_memory
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.task_accuracy import TaskAccuracy, prompt_encoder
 from dpo_cli.train.trackers import Trackers
 
 MANIFEST = "run.json"
+# Train and held-out data, each with what the reference says of it.
+References = tuple[PreferenceData, PreferenceData | None]
 
 
-def run_training(config: Config, *, run_dir: Path, console: RunConsole | None = None) -> None:
+def run_training(
+    config: Config, *, run_dir: Path, console: RunConsole | None = None, ranks: Ranks | None = None
+) -> None:
     """Train as `config` says, in `run_dir`, from where that folder stands: from nothing, or from its last checkpoint.
 
+    ranks: the processes that train together, each of which calls this; None: this one alone.
     Raises a DpoError for whatever the user can mend, Interrupted (exit code 75) after a signal.
     """
-    run = _Run(config, run_dir, console or RunConsole(), StopRequest())
+    run = _Run(config, run_dir, console or RunConsole(), StopRequest(), ranks or SoleRank())
     try:
         with run.stop.listening():
             run.execute()
@@ -70,6 +81,7 @@ class _Run:
     run_dir: Path
     console: RunConsole
     stop: StopRequest
+    ranks: Ranks
 
     def execute(self) -> None:
         config, say = self.config, self.console.say
@@ -79,36 +91,48 @@ class _Run:
             return
         began = time.monotonic()
         device = choose_device(config.hardware.device)
+        backend = backend_of(config.hardware, device, self.ranks)
         make_repeatable(seed=config.seed, deterministic=config.deterministic)
         say(f"run: {self.run_dir}")
-        say(f"device: {describe(device)}")
+        say(f"device: {describe(device, self.ranks.size)}")
         objective = Objective.of(build_loss(config))
         data = self._prepare_data(objective)
         self._forecast(device)
-        policy = load_model(config.model, device=device, seed=config.seed, max_tokens=config.data.max_tokens)
+        policy = load_model(
+            config.model, device=device, seed=config.seed, max_tokens=config.data.max_tokens, reading=backend.reading
+        )
         packed = PackedModel(policy.model)
-        tested = packed_self_test(packed, vocabulary=len(policy.tokenizer), where=str(policy.folder))
         say(f"model: {config.model.path}, {_parameter_count(policy.model)} parameters in {policy.dtype_name}")
-        say(f"self-test: packed and plain forward agree to {tested.largest_difference:.0e} nats a token")
-        self._check_unchanged(data, policy, device)
+        store = self._check_unchanged(data, policy, device)
         settings = loop_settings(config, len(data.train))
         if config.optimizer.warmup_steps >= settings.total_steps:
             say(f"note: all {settings.total_steps} steps warm up; optimizer.lr itself is never reached")
-        train, held_out = self._with_references(data, policy, packed, objective, settings)
+
+        references = self._references_of_another_model(data, policy, objective, settings, backend)
+        engine = backend.training(packed, policy.model, optimizer_settings(config.optimizer), policy.dtype)
+        with engine.whole_weights():
+            tested = packed_self_test(packed, vocabulary=len(policy.tokenizer), where=str(policy.folder))
+        say(f"self-test: packed and plain forward agree to {tested.largest_difference:.0e} nats a token")
+        if references is None:
+            references = self._references(data, engine.model, policy.dtype_name, store, settings)
+        train, held_out = references
         accuracy = self._task_accuracy(data, policy)
         if accuracy is not None:
-            accuracy.before(policy, self.console)
+            accuracy.before(policy, engine, self.console)
 
         training = Training(
             settings=settings,
-            loss=BatchLoss(packed, objective, device),
-            engine=SingleDeviceEngine(policy.model, optimizer_settings(config.optimizer)),
+            loss=BatchLoss(engine.model, objective, device, self.ranks),
+            engine=engine,
+            ranks=self.ranks,
             train=train,
             held_out=held_out,
             schedule=schedule_of(config.optimizer, total_steps=settings.total_steps),
-            checkpoints=CheckpointStore(self.run_dir / "checkpoints", keep=config.keep_checkpoints, notify=say),
+            checkpoints=CheckpointStore(
+                self.run_dir / "checkpoints", keep=config.keep_checkpoints, ranks=self.ranks, notify=say
+            ),
             metrics=MetricsLog(self.run_dir / "metrics.jsonl"),
-            trackers=Trackers.of(config.logger, self.run_dir),
+            trackers=Trackers.of(config.logger if self.ranks.is_main else LoggerConfig(), self.run_dir),
             console=self.console,
             stop=self.stop,
         )
@@ -118,12 +142,16 @@ class _Run:
                 self._check_start(training)
             training.run(progress)
         self.stop.kept = f"All {progress.step} steps are saved; the final model is still to be written."
-        difference = None if accuracy is None else accuracy.after(policy, self.console)
-        final = write_final(policy, objective, config, run_dir=self.run_dir, step=progress.step, difference=difference)
-        say(f"done in {_duration(time.monotonic() - began)}: {final}")
+        difference = None if accuracy is None else accuracy.after(policy, engine, self.console)
+        with engine.whole_weights():
+            if self.ranks.is_main:
+                write_final(policy, objective, config, run_dir=self.run_dir, step=progress.step, difference=difference)
+        self.ranks.barrier()
+        say(f"done in {_duration(time.monotonic() - began)}: {self.run_dir / FINAL}")
 
     def _forecast(self, device: torch.device) -> None:
-        plan = plan_or_nothing(self.config, Machine(on_gpu=device.type == "cuda", device_bytes=memory_of(device)))
+        machine = Machine(device.type == "cuda", device_bytes=memory_of(device), devices=self.ranks.size)
+        plan = plan_or_nothing(self.config, machine)
         if plan is not None:
             self.console.say(forecast_summary(plan))
 
@@ -142,7 +170,8 @@ class _Run:
         for line in data.report.lines():
             self.console.say(line)
         self._warn_of_large_examples(data)
-        write_json(self.run_dir / "data.json", data.report.as_dict())
+        if self.ranks.is_main:
+            write_json(self.run_dir / "data.json", data.report.as_dict())
         return data
 
     def _warn_of_large_examples(self, data: PreparedData) -> None:
@@ -159,11 +188,16 @@ class _Run:
     def _store_dir(self) -> Path:
         return Path(self.config.store_dir).expanduser()
 
-    def _check_unchanged(self, data: PreparedData, policy: LoadedModel, device: torch.device) -> None:
-        """Note what the run's numbers depend on; on resuming, compare."""
-        identity = model_identity(**policy.identity, cache_dir=self._store_dir / "hashes")
-        around = environment(device)
-        here = {"data": data.digest, "model": identity.key, "environment": around}
+    def _check_unchanged(self, data: PreparedData, policy: LoadedModel, device: torch.device) -> ReferenceStore:
+        """Note what the run's numbers depend on; on resuming, compare. Returns the store of the policy as it starts."""
+        identity = self._identity(policy)
+        if self.ranks.is_main:
+            self._compare_with_beginning(
+                {"data": data.digest, "model": identity.key, "environment": environment(device)}
+            )
+        return open_store(self._store_dir, identity)
+
+    def _compare_with_beginning(self, here: dict[str, Any]) -> None:
         file = self.run_dir / MANIFEST
         if not file.exists():
             write_json(file, here)
@@ -175,34 +209,60 @@ class _Run:
                     f"The {part} is not what this run began with.", where=str(file), hint=f"{hint}, or start a new run"
                 )
         for name, old in began["environment"].items():
-            if around.get(name) != old:
-                self.console.say(
-                    f"note: {name} was {old} and is {around.get(name)} now; the last bits of the results may differ"
-                )
+            now = here["environment"].get(name)
+            if now != old:
+                self.console.say(f"note: {name} was {old} and is {now} now; the last bits of the results may differ")
 
-    def _with_references(
+    def _identity(self, model: LoadedModel) -> ModelIdentity:
+        """Weights are hashed once, by the main rank."""
+        found = None
+        if self.ranks.is_main:
+            found = model_identity(**model.identity, cache_dir=self._store_dir / "hashes")
+        identity = self.ranks.broadcast(found)
+        assert identity is not None
+        return identity
+
+    def _references_of_another_model(
         self,
         data: PreparedData,
         policy: LoadedModel,
-        packed: PackedModel,
         objective: Objective,
         settings: LoopSettings,
-    ) -> tuple[PreferenceData, PreferenceData | None]:
+        backend: Backend,
+    ) -> References | None:
+        """Score with the reference where it is not the policy as it starts, and give its memory back."""
         if not objective.declaration.needs_reference:
-            return PreferenceData(data.train, None), None if data.eval is None else PreferenceData(data.eval, None)
+            return _without_references(data)
         self.console.say(f"reference model: {reference_name(self.config)}")
         reference = load_reference(
-            self.config.model, policy, device=packed.device, max_tokens=self.config.data.max_tokens
+            self.config.model,
+            policy,
+            device=backend.device,
+            max_tokens=self.config.data.max_tokens,
+            reading=backend.reading,
         )
+        if reference is None:
+            return None
+        store = open_store(self._store_dir, self._identity(reference))
+        with backend.scoring(PackedModel(reference.model), reference.dtype) as packed:
+            found = self._references(data, packed, reference.dtype_name, store, settings)
+        del packed, reference
+        release_memory()
+        return found
+
+    def _references(
+        self, data: PreparedData, packed: nn.Module, dtype_name: str, store: ReferenceStore, settings: LoopSettings
+    ) -> References:
         scoring = ReferencePass(
-            reference=reference or policy,
-            packed=packed if reference is None else PackedModel(reference.model),
-            store_dir=self._store_dir,
+            packed=packed,
+            dtype_name=dtype_name,
+            store=store,
             run_dir=self.run_dir,
             tokens_per_batch=settings.tokens_per_microbatch,
             seed=settings.seed,
             console=self.console,
             stop=self.stop,
+            ranks=self.ranks,
         )
         shown = examples_shown(
             settings.total_steps,
@@ -211,12 +271,9 @@ class _Run:
             global_pairs=settings.global_pairs,
         )
         train = PreferenceData(data.train, scoring.sums(data.train, "train", shown))
-        held_out = None
-        if data.eval is not None:
-            held_out = PreferenceData(data.eval, scoring.sums(data.eval, "eval", np.arange(len(data.eval))))
-        del scoring, reference
-        release_memory()
-        return train, held_out
+        if data.eval is None:
+            return train, None
+        return train, PreferenceData(data.eval, scoring.sums(data.eval, "eval", np.arange(len(data.eval))))
 
     def _task_accuracy(self, data: PreparedData, policy: LoadedModel) -> TaskAccuracy | None:
         settings = self.config.data.exact_match
@@ -225,7 +282,7 @@ class _Run:
         encode = prompt_encoder(
             policy.tokenizer, chat=any(source.chat_examples for source in data.report.train.sources)
         )
-        return TaskAccuracy.of(settings, encode, self.run_dir)
+        return TaskAccuracy.of(settings, encode, self.run_dir, self.ranks)
 
     def _resume(self, training: Training) -> Progress:
         training.checkpoints.recover()
@@ -233,7 +290,6 @@ class _Run:
         total = training.settings.total_steps
         if checkpoint is None:
             progress = Progress()
-            training.metrics.truncate_after(-1)
         else:
             progress = training.restore(checkpoint)
             if progress.step > total:
@@ -242,9 +298,11 @@ class _Run:
                     where=str(checkpoint.folder),
                     hint="leave epochs and max_steps as they were, or start a new run",
                 )
-            training.metrics.truncate_after(progress.step, evaluation_due=progress.evaluation_due)
             self.console.say(f"resumed after step {progress.step} of {total}")
             self.stop.kept = f"Step {progress.step} is saved, as it was."
+        if self.ranks.is_main:
+            last = -1 if checkpoint is None else progress.step
+            training.metrics.truncate_after(last, evaluation_due=progress.evaluation_due)
         training.trackers.begin(progress.step)
         return progress
 
@@ -270,8 +328,12 @@ class _Run:
             )
 
 
+def _without_references(data: PreparedData) -> References:
+    return PreferenceData(data.train, None), None if data.eval is None else PreferenceData(data.eval, None)
+
+
 def _parameter_count(model: torch.nn.Module) -> str:
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(math.prod(whole_shape(parameter)) for parameter in model.parameters())
     for size, name in ((1e9, "billion"), (1e6, "million")):
         if count >= size:
             return f"{count / size:.2f} {name}"

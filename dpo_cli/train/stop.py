@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from dpo_cli.engine.ranks import Ranks
 from dpo_cli.errors import Interrupted
 
 EXIT_SECOND_CTRL_C = 130
@@ -52,6 +53,14 @@ class StopRequest:
             yield
         finally:
             self._deferred = False
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """Whether any rank was asked to stop. All ranks must call this together, and hear the same."""
+        for heard in ranks.gather(self.requested):
+            self.requested = self.requested or heard
+            if heard:
+                return True
+        return False
 
     def check(self, saved: str) -> None:
         """Raise Interrupted if a stop was requested; `saved` says what will be found on resuming."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.atomic import json_bytes, write_json
+from dpo_cli.engine.interface import Engine
+from dpo_cli.engine.ranks import Ranks, SoleRank
 from dpo_cli.errors import CheckpointError
 from dpo_cli.paths import resolve_path
 from dpo_cli.policy.load import LoadedModel
@@ -34,34 +36,38 @@ class TaskAccuracy:
     max_new_tokens: int
     encode: Callable[[str], Sequence[int]]
     file: Path
+    ranks: Ranks = field(default_factory=SoleRank)
 
     @classmethod
-    def of(cls, settings: Any, encode: Callable[[str], Sequence[int]], run_dir: Path) -> TaskAccuracy:
+    def of(cls, settings: Any, encode: Callable[[str], Sequence[int]], run_dir: Path, ranks: Ranks) -> TaskAccuracy:
         """settings: the config's data.exact_match. Raises DataError for a problems file that cannot be used."""
         return cls(
             problems=load_problems(resolve_path(settings.problems), limit=settings.limit),
             max_new_tokens=settings.max_new_tokens,
             encode=encode,
             file=run_dir / "exact_match.json",
+            ranks=ranks,
         )
 
-    def before(self, policy: LoadedModel, console: RunConsole) -> None:
+    def before(self, policy: LoadedModel, engine: Engine, console: RunConsole) -> None:
         """policy: as it starts; a resumed run calls this before it restores the checkpoint."""
-        if self._kept() is None:
-            solved = self._solve(policy)
-            write_json(self.file, {"asked": self._asked, "before": solved.astype(int).tolist()})
+        if self.ranks.broadcast(self._kept()) is None:
+            solved = self._solve(policy, engine)
+            if self.ranks.is_main:
+                write_json(self.file, {"asked": self._asked, "before": solved.astype(int).tolist()})
             console.say(f"exact match before training: {solved.mean():.1%} of {len(solved):,} problems")
 
-    def after(self, policy: LoadedModel, console: RunConsole) -> Difference:
-        kept = self._kept()
+    def after(self, policy: LoadedModel, engine: Engine, console: RunConsole) -> Difference:
+        kept = self.ranks.broadcast(self._kept())
         if kept is None:
             raise CheckpointError(
                 "The task accuracy before training is missing or of other problems.",
                 where=str(self.file),
                 hint="resume= the run folder, which finds it again",
             )
-        solved = self._solve(policy)
-        write_json(self.file, kept | {"after": solved.astype(int).tolist()})
+        solved = self._solve(policy, engine)
+        if self.ranks.is_main:
+            write_json(self.file, kept | {"after": solved.astype(int).tolist()})
         difference = paired_difference(np.array(kept["before"], bool), solved)
         console.heading(describe_difference(difference, len(solved)))
         return difference
@@ -79,15 +85,22 @@ class TaskAccuracy:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
-    def _solve(self, policy: LoadedModel) -> NDArray[np.bool_]:
-        return exact_match(
-            policy.model,
-            policy.tokenizer,
-            self.problems,
-            max_new_tokens=self.max_new_tokens,
-            stop_token_ids=policy.stop_token_ids,
-            encode=self.encode,
-        )
+    def _solve(self, policy: LoadedModel, engine: Engine) -> NDArray[np.bool_]:
+        """Every rank solves its share, and all hear of all."""
+        ranks = self.ranks
+        with engine.whole_weights():
+            mine = exact_match(
+                policy.model,
+                policy.tokenizer,
+                self.problems[ranks.rank :: ranks.size],
+                max_new_tokens=self.max_new_tokens,
+                stop_token_ids=policy.stop_token_ids,
+                encode=self.encode,
+            )
+        solved = np.zeros(len(self.problems), dtype=bool)
+        for rank, share in enumerate(ranks.gather(mine)):
+            solved[rank :: ranks.size] = share
+        return solved
 
 
 def prompt_encoder(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Callable[[str], Sequence[int]]:

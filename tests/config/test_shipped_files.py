@@ -133,7 +133,7 @@ def test_the_schema_and_the_shipped_files_know_the_same_keys() -> None:
         return {
             name
             for key, value in section.items()
-            for name in (dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"})
+            for name in (dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}"})
         }
 
     named = {key for key in dotted(values) if not key.startswith("loss._")}

@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(workplace: Wor
     process.send_signal(signal.SIGKILL)
     process.wait()
     newest = sorted((workplace.folder / "run" / "checkpoints").glob("step-*"))[-1]
-    weights = newest / "policy.safetensors"
+    weights = newest / "policy-00000-00000.safetensors"
     damaged = bytearray(weights.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     weights.write_bytes(damaged)

@@ -21,7 +21,7 @@ def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 
 def test_the_smallest_gpu_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(tmp_path, monkeypatch, "printf '81920\\n40960\\n'")
-    assert find_machine("auto", device_memory_gb=None) == Machine(on_gpu=True, device_bytes=40 * GIB)
+    assert find_machine("auto", device_memory_gb=None) == Machine(on_gpu=True, device_bytes=40 * GIB, devices=2)
 
 
 @pytest.mark.parametrize("script", ["exit 9", "echo 'No devices were found'", ":"])

@@ -62,6 +62,15 @@ def test_what_is_proposed_can_be_typed_and_then_fits(capsys: pytest.CaptureFixtu
         assert re.search(rf"total +{re.escape(total)}", said)
 
 
+def test_a_plan_for_eight_workers_divides_by_eight(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*WORDS, "model.path=seven", "hardware=deepspeed_zero3", "hardware.num_workers=8", "plan=true"]) == 0
+    said = capsys.readouterr().out
+    assert "layout: ZeRO stage 3, 8 workers" in said
+    # A float32 master and two moments of 7,615,616,512 / 8 parameters.
+    assert re.search(r"float32 masters +3\.55 GiB", said)
+    assert re.search(r"optimiser states +7\.09 GiB", said)
+
+
 def test_a_plan_tells_disk_and_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WORDS, "model.path=half", "hardware.device_tflops=100", "plan=true"]) == 0
     said = capsys.readouterr().out

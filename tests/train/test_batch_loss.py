@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from dpo_cli.batch.layout import pack, sum_by_response
 from dpo_cli.data.example import Example
-from dpo_cli.engine.single_device import OptimizerSettings, SingleDeviceEngine
+from dpo_cli.engine.interface import OptimizerSettings
+from dpo_cli.engine.replicated import ReplicatedEngine
 from dpo_cli.errors import NonFiniteError
 from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.losses.kto import kto_loss
@@ -86,7 +87,7 @@ def reference_of(examples: list[Example]) -> ReferenceSums:
 
 def gradient(loss: Callable[..., Any], micros: list[MicroBatch]) -> tuple[float, dict[str, torch.Tensor], MetricSums]:
     packed = packed_model()
-    engine = SingleDeviceEngine(packed.model, OptimizerSettings("adamw", 0.0, None))
+    engine = ReplicatedEngine(packed, packed.model, OptimizerSettings("adamw", 0.0, None))
     outcome = BatchLoss(packed, Objective.of(loss), CPU).accumulate_gradient(micros, engine)
     grads = {n: p.grad.clone() for n, p in packed.model.named_parameters() if p.grad is not None}
     return float(outcome.loss), grads, outcome.metrics
@@ -204,19 +205,20 @@ def test_a_policy_equal_to_its_reference_starts_where_the_paper_says(name: str) 
 
 def test_rows_that_break_the_loss_are_named_and_the_weights_stay() -> None:
     packed = packed_model()
-    engine = SingleDeviceEngine(packed.model, OptimizerSettings("adamw", 0.0, None))
+    engine = ReplicatedEngine(packed, packed.model, OptimizerSettings("adamw", 0.0, None))
     micros = cut(random_examples(6), [3, 3])
     broken = list(micros[1].references)
     broken[1] = np.array([np.nan, 0.0])
     micros[1] = MicroBatch(micros[1].examples, tuple(broken))
-    before = {name: tensor.clone() for name, tensor in engine.weights().items()}
+    before = {saved.name: saved.tensor.clone() for saved in engine.saved_tensors()}
     loss = BatchLoss(packed, Objective.of(functools.partial(dpo_loss, beta=0.3)), CPU)
     outcome = loss.accumulate_gradient(micros, engine)
     assert not torch.isfinite(outcome.loss)
+    assert not engine.step(1e-3, outcome.loss).sound
     error = loss.blame(micros, engine)
     assert isinstance(error, NonFiniteError)
     assert error.where == "rows.jsonl row 5"
-    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.weights().items())
+    assert all(torch.equal(saved.tensor, before[saved.name]) for saved in engine.saved_tensors())
 
 
 def test_unpaired_metrics_are_means_over_their_own_side() -> None:

@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_cli.engine.interface import SavedTensor
 from dpo_cli.errors import CheckpointError
 from dpo_cli.train import checkpoint as checkpoint_module
 from dpo_cli.train.checkpoint import CheckpointStore
@@ -34,8 +35,12 @@ def _tensors(seed: int) -> dict[str, dict[str, Tensor]]:
     }
 
 
+def _flat(groups: dict[str, dict[str, Tensor]]) -> Iterator[SavedTensor]:
+    return (SavedTensor(group, name, tensor) for group, tensors in groups.items() for name, tensor in tensors.items())
+
+
 def _save(store: CheckpointStore, step: int) -> Path:
-    return store.save(step, _tensors(step), {"step": step, "window": [0.1, 1e-300]})
+    return store.save(step, _flat(_tensors(step)), {"step": step, "window": [0.1, 1e-300]})
 
 
 def _is_whole(store: CheckpointStore) -> int:
@@ -64,9 +69,9 @@ def test_what_was_saved_comes_back_bit_for_bit(store: CheckpointStore) -> None:
     assert folder.name == "step-00000050"
     assert sorted(path.name for path in folder.iterdir()) == [
         "manifest.json",
-        "optimizer.safetensors",
-        "policy.safetensors",
-        "rng.safetensors",
+        "optimizer-00000-00000.safetensors",
+        "policy-00000-00000.safetensors",
+        "rng-00000-00000.safetensors",
         "state.json",
     ]
     assert _is_whole(store) == 50
@@ -74,7 +79,7 @@ def test_what_was_saved_comes_back_bit_for_bit(store: CheckpointStore) -> None:
 
 def test_every_float_of_the_state_survives_also_those_json_has_no_word_for(store: CheckpointStore) -> None:
     values = [0.1, 1 / 3, 5e-324, float("inf"), -0.0, 123456789.123456789]
-    store.save(1, {}, {"values": values, "nan": float("nan")})
+    store.save(1, [], {"values": values, "nan": float("nan")})
     found = store.latest_good()
     assert found is not None
     assert [v.hex() for v in found.state["values"]] == [v.hex() for v in values]
@@ -84,7 +89,7 @@ def test_every_float_of_the_state_survives_also_those_json_has_no_word_for(store
 def test_tied_and_transposed_tensors_and_nan_bits_come_back_as_they_are(store: CheckpointStore) -> None:
     tied = torch.arange(6.0).reshape(2, 3)
     tied[0, 0] = float("nan")
-    store.save(1, {"policy": {"a": tied, "b": tied, "row": tied[1], "t": tied.T}}, {})
+    store.save(1, _flat({"policy": {"a": tied, "b": tied, "row": tied[1], "t": tied.T}}), {})
     found = store.latest_good()
     assert found is not None
     loaded = store.load(found)["policy"]
@@ -105,7 +110,7 @@ def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
 
 
 def test_saving_a_step_a_second_time_replaces_it(store: CheckpointStore) -> None:
-    store.save(5, _tensors(99), {})
+    store.save(5, _flat(_tensors(99)), {})
     _save(store, 5)
     assert _is_whole(store) == 5
     assert len(list(store.folder.iterdir())) == 1
@@ -125,13 +130,13 @@ def test_any_flipped_byte_of_a_tensor_file_is_noticed(tmp_path: Path, name: str)
     told: list[str] = []
     store = CheckpointStore(tmp_path, keep=2, notify=told.append)
     _save(store, 1)
-    path = _save(store, 2) / f"{name}.safetensors"
+    path = _save(store, 2) / f"{name}-00000-00000.safetensors"
     content = path.read_bytes()
     for position in {0, 8, 40, len(content) // 2, len(content) - 1}:
         path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
         assert _is_whole(store) == 1
         assert "step-00000002 is damaged" in told[-1]
-    assert any(f"{name}.safetensors is not what manifest.json says" in message for message in told)
+    assert any(f"{name}-00000-00000.safetensors is not what manifest.json says" in message for message in told)
     path.write_bytes(content)
     assert _is_whole(store) == 2
 
@@ -152,7 +157,7 @@ def test_every_flipped_bit_of_state_and_manifest_is_noticed_or_harmless(tmp_path
     assert _is_whole(store) == 2
 
 
-@pytest.mark.parametrize("name", ["policy.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["policy-00000-00000.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("keep", [0.0, 0.5, None])
 def test_a_truncated_or_missing_file_is_named_and_the_one_before_used(
     tmp_path: Path, name: str, keep: float | None
@@ -221,7 +226,8 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_says_how_much_is_needed(
     if believed_free is not None:
         monkeypatch.setattr(checkpoint_module, "_free_bytes", lambda folder: believed_free)
     with pytest.raises(CheckpointError, match=r"step 2 cannot be written: the disk is full \(8 MB needed, .* free\)"):
-        store.save(2, {"a": {"small": torch.zeros(10)}, "policy": {"big": torch.zeros(2_000_000)}}, {})
+        big = {"a": {"small": torch.zeros(10)}, "policy": {"big": torch.zeros(2_000_000)}}
+        store.save(2, _flat(big), {}, needed=8_000_040)
     assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]
     assert _is_whole(store) == 1
 
@@ -248,7 +254,7 @@ def _slowly(function: Callable[..., Any]) -> Callable[..., Any]:
 def _save_for_ever(folder: Path, step: int, saved: Connection) -> None:
     """Save with random pauses around whatever touches the disk: plain kills rarely hit the moments in between."""
     random.seed()
-    for name in ("_write_group", "_write_synced", "_remove", "describe", "sync_file", "sync_folder"):
+    for name in ("_write_part", "_write_synced", "_remove", "describe", "sync_file", "sync_folder"):
         setattr(checkpoint_module, name, _slowly(getattr(checkpoint_module, name)))
     for holder, name in ((Path, "rename"), (Path, "mkdir"), (shutil, "rmtree")):
         setattr(holder, name, _slowly(getattr(holder, name)))
@@ -334,7 +340,7 @@ def test_reading_a_run_that_is_being_written_disturbs_nothing(store: CheckpointS
 def test_the_manifest_tells_names_dtypes_and_shapes_without_opening_a_tensor_file(store: CheckpointStore) -> None:
     manifest = json.loads((_save(store, 4) / "manifest.json").read_bytes())
     assert manifest["step"] == 4
-    assert manifest["files"]["policy.safetensors"]["tensors"] == {
+    assert manifest["files"]["policy-00000-00000.safetensors"]["tensors"] == {
         "layer.weight": ["F32", [7, 5]],
         "layer.bias": ["BF16", [5]],
     }

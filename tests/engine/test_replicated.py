@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dpo_cli.engine.single_device import OptimizerSettings, SingleDeviceEngine
+from dpo_cli.engine.interface import OPTIMIZER, WEIGHTS, OptimizerSettings
+from dpo_cli.engine.replicated import ReplicatedEngine
 from dpo_cli.errors import CheckpointError
 
 ADAMW = OptimizerSettings(name="adamw", weight_decay=0.1, max_grad_norm=None)
@@ -24,10 +25,19 @@ def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
     return model(inputs).square().mean()
 
 
-def train(engine: SingleDeviceEngine, model: nn.Module, steps: range, learning_rate: float = 1e-2) -> None:
+def train(engine: ReplicatedEngine, model: nn.Module, steps: range, learning_rate: float = 1e-2) -> None:
     for step in steps:
-        engine.backward(loss_of(model, step))
-        engine.step(learning_rate, engine.gradient_norm())
+        loss = loss_of(model, step)
+        engine.backward(loss)
+        assert engine.step(learning_rate, loss).sound
+
+
+def weights_of(engine: ReplicatedEngine) -> dict[str, torch.Tensor]:
+    return {saved.name: saved.tensor for saved in engine.saved_tensors() if saved.group == WEIGHTS}
+
+
+def moments_of(engine: ReplicatedEngine) -> dict[str, torch.Tensor]:
+    return {saved.name: saved.tensor for saved in engine.saved_tensors() if saved.group == OPTIMIZER}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +49,7 @@ def train(engine: SingleDeviceEngine, model: nn.Module, steps: range, learning_r
 )
 def test_a_step_is_the_textbook_optimisers_step(settings, build) -> None:
     ours, theirs = small_model(), small_model()
-    engine = SingleDeviceEngine(ours, settings)
+    engine = ReplicatedEngine(ours, ours, settings)
     train(engine, ours, range(5))
     optimizer = build(
         [
@@ -58,36 +68,36 @@ def test_a_step_is_the_textbook_optimisers_step(settings, build) -> None:
 def test_bf16_weights_move_at_a_learning_rate_they_could_not_feel_themselves() -> None:
     model = small_model(torch.bfloat16)
     before = [p.detach().clone() for p in model.parameters()]
-    engine = SingleDeviceEngine(model, OptimizerSettings(name="adamw", weight_decay=0.0, max_grad_norm=None))
-    masters = {name: tensor.clone() for name, tensor in engine.weights().items()}
+    engine = ReplicatedEngine(model, model, OptimizerSettings(name="adamw", weight_decay=0.0, max_grad_norm=None))
+    masters = {name: tensor.clone() for name, tensor in weights_of(engine).items()}
     train(engine, model, range(1), learning_rate=5e-7)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)), "too small for bf16"
-    assert any(not torch.equal(tensor, masters[name]) for name, tensor in engine.weights().items())
+    assert any(not torch.equal(tensor, masters[name]) for name, tensor in weights_of(engine).items())
     train(engine, model, range(1, 200), learning_rate=1e-5)
     assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, engine.weights()[name].bfloat16())
+        assert torch.equal(parameter, weights_of(engine)[name].bfloat16())
 
 
 def test_bf16_gradients_accumulate_in_float32() -> None:
     model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
-    engine = SingleDeviceEngine(model, ADAMW)
+    engine = ReplicatedEngine(model, model, ADAMW)
     shares = [1.0, *([2.0**-9] * 64)]
     for share in shares:
         engine.backward((model.weight * share).sum())
     # In bf16, 1 + 2^-9 is 1 again: all 64 small shares would be lost.
-    assert engine.gradient_norm().item() == pytest.approx(sum(shares), rel=1e-6)
+    assert engine.step(0.0, torch.zeros(())).gradient_norm == pytest.approx(sum(shares), rel=1e-6)
 
 
 def test_clipping_scales_the_gradient_to_the_limit() -> None:
     model, reference = small_model(), small_model()
     settings = OptimizerSettings(name="rmsprop", weight_decay=0.0, max_grad_norm=1e-3, eps=1.0, alpha=0.0)
-    engine = SingleDeviceEngine(model, settings)
-    engine.backward(loss_of(model, 0))
-    norm = engine.gradient_norm()
-    engine.step(1.0, norm)
+    engine = ReplicatedEngine(model, model, settings)
+    loss = loss_of(model, 0)
+    engine.backward(loss)
+    norm = engine.step(1.0, loss).gradient_norm
     loss_of(reference, 0).backward()
-    scale = 1e-3 / (norm.item() + 1e-6)
+    scale = 1e-3 / (norm + 1e-6)
     for moved, old in zip(model.parameters(), reference.parameters(), strict=True):
         gradient = old.grad * scale
         torch.testing.assert_close(moved, old - gradient / (gradient.abs() + 1.0), rtol=1e-5, atol=1e-7)
@@ -97,30 +107,46 @@ def test_clipping_scales_the_gradient_to_the_limit() -> None:
 @pytest.mark.parametrize("settings", [ADAMW, RMSPROP])
 def test_a_restored_engine_goes_on_bit_for_bit(settings: OptimizerSettings, dtype: torch.dtype) -> None:
     straight = small_model(dtype)
-    engine = SingleDeviceEngine(straight, settings)
+    engine = ReplicatedEngine(straight, straight, settings)
     train(engine, straight, range(3))
-    weights = {name: tensor.clone() for name, tensor in engine.weights().items()}
-    moments = {name: tensor.clone() for name, tensor in engine.optimizer_tensors().items()}
+    weights = {name: tensor.clone() for name, tensor in weights_of(engine).items()}
+    moments = {name: tensor.clone() for name, tensor in moments_of(engine).items()}
     train(engine, straight, range(3, 6))
 
     resumed = small_model(dtype)
-    other = SingleDeviceEngine(resumed, settings)
+    other = ReplicatedEngine(resumed, resumed, settings)
     other.load(weights, moments)
     train(other, resumed, range(3, 6))
-    for name, tensor in engine.weights().items():
-        assert torch.equal(tensor, other.weights()[name])
-    for name, tensor in engine.optimizer_tensors().items():
-        assert torch.equal(tensor, other.optimizer_tensors()[name])
+    for name, tensor in weights_of(engine).items():
+        assert torch.equal(tensor, weights_of(other)[name])
+    for name, tensor in moments_of(engine).items():
+        assert torch.equal(tensor, moments_of(other)[name])
 
 
 def test_frozen_parameters_are_left_alone_and_left_out() -> None:
     model = small_model()
     model[0].requires_grad_(False)
-    engine = SingleDeviceEngine(model, ADAMW)
-    assert set(engine.weights()) == {"2.weight", "2.bias"}
+    engine = ReplicatedEngine(model, model, ADAMW)
+    assert set(weights_of(engine)) == {"2.weight", "2.bias"}
 
 
 def test_another_models_checkpoint_is_refused() -> None:
-    engine = SingleDeviceEngine(small_model(), ADAMW)
+    model = small_model()
+    engine = ReplicatedEngine(model, model, ADAMW)
     with pytest.raises(CheckpointError, match=r"0\.bias"):
         engine.load({"0.weight": torch.zeros(3, 3)}, {})
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_what_is_not_finite_moves_nothing(factor: float) -> None:
+    model = small_model()
+    engine = ReplicatedEngine(model, model, ADAMW)
+    train(engine, model, range(1))
+    before = {saved.name: saved.tensor.clone() for saved in engine.saved_tensors()}
+    loss = loss_of(model, 1)
+    engine.backward(loss * factor)
+    assert not engine.step(1e-2, loss).sound
+    engine.backward(loss_of(model, 2))
+    assert not engine.step(1e-2, loss.detach() * factor).sound
+    assert all(torch.equal(saved.tensor, before[saved.name]) for saved in engine.saved_tensors())
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,217 @@
+"""DeepSpeed's ZeRO behind the engine interface: optimiser, gradients and weights partitioned over ranks."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dpo_cli.engine.interface import (
+    OPTIMIZER,
+    WEIGHTS,
+    OptimizerSettings,
+    SavedTensor,
+    StepResult,
+    optimizer_for,
+    saved_bytes,
+    state_names,
+    whole_shape,
+)
+from dpo_cli.engine.ranks import Ranks
+from dpo_cli.engine.replicated import check_names, checked_shape
+from dpo_cli.engine.zero_config import ZeroSettings, deepspeed_config
+from dpo_cli.errors import ConfigError
+
+# Where each of DeepSpeed's optimisers keeps its flat float32 masters: stages 1 and 2, stage 3, and stage 1 in bf16.
+_FLAT_MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed on the ranks that have met already, quiet and without anything to compile.
+
+    Raises ConfigError where it is not installed.
+    """
+    os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"
+    try:
+        import deepspeed
+
+        backend: Any = importlib.import_module("deepspeed.comm.torch")
+    except ImportError as error:
+        raise ConfigError(
+            f"DeepSpeed cannot be imported: {error}.", where="hardware", hint='pip install "dpo-cli[deepspeed]"'
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its shared-memory reduction for CPUs would be compiled at first use, for a minute and more, under a lock that
+    # outlives a killed process, and leaves files in /dev/shm. gloo does the same work.
+    backend.build_shm_op = lambda: None
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return deepspeed
+
+
+class ZeroEngine:
+    """A model in training under ZeRO stage 1, 2 or 3.
+
+    DeepSpeed averages gradients over ranks, and leaves the weights alone where their norm is not finite.
+    """
+
+    def __init__(
+        self,
+        packed: nn.Module,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        *,
+        zero: ZeroSettings,
+        dtype: torch.dtype,
+        ranks: Ranks,
+    ) -> None:
+        """packed: called for every forward pass; model: the part of it whose parameters are trained and saved."""
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        deepspeed = import_deepspeed(device)
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._everything = list(model.parameters())
+        self._settings, self._stage, self._ranks = settings, zero.stage, ranks
+        self._deepspeed = deepspeed
+        self._half = dtype == torch.float16
+        on_host = zero.offload_optimizer != "none"
+        self.model, *_ = deepspeed.initialize(
+            model=packed,
+            optimizer=optimizer_for(self._parameters, settings, fused=settings.name == "adamw" and not on_host),
+            config=deepspeed_config(
+                zero,
+                dtype=dtype,
+                max_grad_norm=settings.max_grad_norm,
+                ranks=ranks.size,
+            ),
+            dist_init_required=False,
+        )
+        self._zero: Any = self.model.optimizer
+        self._make_states()
+
+    def backward(self, loss: Tensor) -> None:
+        self.model.backward(loss * self._ranks.size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float, loss: Tensor) -> StepResult:
+        total = float(self._ranks.sum(loss.detach().double()))
+        if not StepResult(total, 0.0).sound:
+            self.forget_gradient()
+            return StepResult(total, float("nan"))
+        for group in self._zero.param_groups:
+            group["lr"] = learning_rate
+        self.model.step()
+        overflowed = self._half and bool(self._zero.overflow)
+        return StepResult(total, float(self.model.get_global_grad_norm()), rescaled=overflowed)
+
+    def is_finite(self, loss: Tensor) -> bool:
+        # One example's gradient cannot be had without the other ranks taking part in its reduction.
+        return bool(torch.isfinite(loss))
+
+    def forget_gradient(self) -> None:
+        self._zero.zero_grad(set_to_none=True)
+        if hasattr(self._zero, "averaged_gradients"):
+            self._zero.averaged_gradients = {} if self._stage == 3 else self._zero.averaged_gradients
+
+    @property
+    def saved_bytes(self) -> int:
+        return saved_bytes(self._parameters, self._settings)
+
+    def saved_tensors(self) -> Iterator[SavedTensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for number, (name, parameter) in enumerate(self._parameters.items()):
+            mine = number % self._ranks.size == self._ranks.rank
+            weight = safe_get_full_fp32_param(parameter)
+            if mine:
+                yield SavedTensor(WEIGHTS, name, _whole(weight, parameter))
+            for key in state_names(self._settings):
+                state = safe_get_full_optimizer_state(parameter, key)
+                if mine:
+                    yield SavedTensor(OPTIMIZER, f"{name}/{key}", _whole(state, parameter))
+            if mine:
+                yield SavedTensor(OPTIMIZER, f"{name}/step", self._steps_taken())
+
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        check_names(weights, self._parameters)
+        steps = [path for path in optimizer if path.rsplit("/", 1)[1] == "step"]
+        for state in self._states().values():
+            state["step"].fill_(optimizer[steps[0]] if steps else 0)
+        for name, parameter in self._parameters.items():
+            weight = checked_shape(name, weights[name], whole_shape(parameter)).to(self.model.device)
+            safe_set_full_fp32_param(parameter, weight)
+            # The copy that computes is another than the float32 master.
+            with self._gathered([parameter], for_writing=True), torch.no_grad():
+                parameter.copy_(weight)
+            for key in state_names(self._settings) if optimizer else ():
+                safe_set_full_optimizer_state(parameter, optimizer[f"{name}/{key}"].to(self.model.device), key)
+
+    def close(self) -> None:
+        self.model.destroy()
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        return self._gathered(self._everything, for_writing=False)
+
+    def _gathered(self, parameters: list[nn.Parameter], *, for_writing: bool) -> AbstractContextManager[None]:
+        if self._stage < 3:
+            return nullcontext()
+        return cast(
+            AbstractContextManager[None],
+            self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if for_writing else None),
+        )
+
+    def _flat_masters(self) -> list[Tensor]:
+        return next(list(getattr(self._zero, name)) for name in _FLAT_MASTERS if hasattr(self._zero, name))
+
+    def _states(self) -> dict[Tensor, dict[str, Any]]:
+        states: dict[Tensor, dict[str, Any]] = self._zero.optimizer.state
+        return states
+
+    def _steps_taken(self) -> Tensor:
+        return torch.tensor(float(next(iter(self._states().values()))["step"]))
+
+    def _make_states(self) -> None:
+        """The states that the first step would make. DeepSpeed looks for all groups' when it has made one's."""
+        fused = any(group.get("fused") for group in self._zero.param_groups)
+        for master in self._flat_masters():
+            step = torch.zeros((), device=master.device if fused else "cpu")
+            empty = {name: torch.zeros_like(master) for name in state_names(self._settings)}
+            self._states()[master] = {"step": step, **empty}
+        if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+
+def _whole(tensor: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    if tensor is None:
+        raise RuntimeError("DeepSpeed keeps no float32 master of a parameter in training")
+    return tensor.detach().reshape(whole_shape(parameter)).cpu()
+
+
+@contextmanager
+def partitioned_scoring(packed: nn.Module, config: Mapping[str, Any]) -> Iterator[nn.Module]:
+    """A model whose weights are partitioned, for forward passes alone (ZeRO stage 3)."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=packed, config=dict(config), dist_init_required=False)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+@contextmanager
+def partitioned_loading(config: Mapping[str, Any]) -> Iterator[None]:
+    """While open, from_pretrained keeps of every parameter only this rank's part (ZeRO stage 3)."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers holds it by a weak reference: it must live as long as models are read.
+    alive = HfDeepSpeedConfig(dict(config))
+    try:
+        yield
+    finally:
+        del alive
