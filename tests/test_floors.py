@@ -25,6 +25,7 @@ FLOORS = {
     "data": 1,
     "policy": 2,
     "engine": 2,
+    "forecast": 3,
     "reference": 3,
     "rollout": 3,
     "train.checkpoint": 3,

@@ -57,6 +57,10 @@ def _checked(request: Request, jobs: Sequence[list[str]]) -> tuple[Path, list[Co
             configs.append(check(composition))
         except ConfigError as error:
             problems += error.problems
+    if any(config.plan for config in configs):
+        problems.append(
+            ConfigError("plan=true tells of one run, and -m starts several.", where="plan", hint="leave -m out")
+        )
     assert parent is not None
     try:
         check_free(parent)

@@ -84,7 +84,8 @@ def _start(arguments: Arguments) -> None:
         problems += error.problems
     run_dir = composition.values.get("run_dir")
     unnamed = is_shipped(composition.place("run_dir") or "")
-    if isinstance(run_dir, str) and run_dir and not unnamed and not arguments.show_config:
+    makes_nothing = arguments.show_config or (config is not None and config.plan)
+    if isinstance(run_dir, str) and run_dir and not unnamed and not makes_nothing:
         try:
             check_free(Path(run_dir))
         except ConfigError as error:
@@ -93,6 +94,9 @@ def _start(arguments: Arguments) -> None:
         raise ConfigError(problems)
     if arguments.show_config:
         _show(config)
+        return
+    if config.plan:
+        _plan(config)
         return
     if unnamed:
         config = config.model_copy(update={"run_dir": unused_name(config.run_dir)})
@@ -104,6 +108,13 @@ def _show(config: Config) -> None:
     import yaml
 
     print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True, width=120), end="")
+
+
+def _plan(config: Config) -> None:
+    from dpo_cli.forecast.plan import plan_run
+    from dpo_cli.forecast.report import plan_text
+
+    print(plan_text(plan_run(config)))
 
 
 def _resume(arguments: Arguments) -> None:
@@ -141,6 +152,9 @@ def _resume(arguments: Arguments) -> None:
     refuse_another_experiment(saved.settings, config.as_dict(), run_folder=str(folder))
     if arguments.show_config:
         _show(config)
+        return
+    if config.plan:
+        _plan(config)
         return
     _train(config, before=lambda: save_resumed(folder, config, request))
 

@@ -16,6 +16,7 @@ FREE_ON_RESUME = (
     "run_dir",
     "store_dir",
     "resume",
+    "plan",
     "log_every",
     "eval_every",
     "save_every",

@@ -132,6 +132,8 @@ class HardwareConfig(Section):
 
     name: Name
     device: Literal["auto", "cuda", "cpu"]
+    device_memory_gb: Positive | None
+    device_tflops: Positive | None
     num_workers: Count | None
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None
     offload_optimizer: Literal["none", "cpu", "nvme"]
@@ -168,6 +170,7 @@ class Config(Section):
     save_every: CountOrNever
     keep_checkpoints: Count
     resume: Name | None
+    plan: bool
     model: ModelConfig
     data: DataConfig
     loss: LossConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -78,6 +79,8 @@ class ZeroEngine:
         self._settings, self._stage, self._ranks = settings, zero.stage, ranks
         self._deepspeed = deepspeed
         self._half = dtype == torch.float16
+        if self._half and device.type == "cpu":
+            raise ConfigError("float16 cannot be trained on a CPU.", where="model.dtype", hint="model.dtype=float32")
         on_host = zero.offload_optimizer != "none"
         self.model, *_ = deepspeed.initialize(
             model=packed,
@@ -87,6 +90,7 @@ class ZeroEngine:
                 dtype=dtype,
                 max_grad_norm=settings.max_grad_norm,
                 ranks=ranks.size,
+                trained=sum(math.prod(whole_shape(p)) for p in self._parameters.values()),
             ),
             dist_init_required=False,
         )

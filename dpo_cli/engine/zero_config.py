@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+# DeepSpeed's own default for what it reduces at once.
+_BUCKET_ELEMENTS = 500_000_000
+
 Place = Literal["none", "cpu", "nvme"]
 
 
@@ -27,12 +30,13 @@ class ZeroSettings:
 
 
 def deepspeed_config(
-    zero: ZeroSettings, *, dtype: torch.dtype, max_grad_norm: float | None, ranks: int
+    zero: ZeroSettings, *, dtype: torch.dtype, max_grad_norm: float | None, ranks: int, trained: int | None = None
 ) -> dict[str, Any]:
     """The dictionary that deepspeed.initialize takes.
 
     Gradients are summed and kept in float32 whatever the weights' dtype, and reduced where we say that a step ends:
-    the number of micro-batches differs from step to step.
+    the number of micro-batches differs from step to step. trained: elements of the parameters in training; buckets
+    larger than all of them would only take memory.
     """
     sections: dict[str, Any] = {
         "stage": zero.stage,
@@ -42,6 +46,8 @@ def deepspeed_config(
     }
     if zero.stage == 3:
         sections |= _offload("offload_param", zero.offload_parameters, zero.nvme_path)
+    if trained is not None:
+        sections["reduce_bucket_size"] = min(trained, _BUCKET_ELEMENTS)
     ours: dict[str, Any] = {
         # Nominal: batches are cut by tokens, and losses arrive divided already.
         "train_batch_size": ranks,

@@ -18,6 +18,7 @@ HUB_LEFT_OUT = ("original/*", "consolidated*", "onnx/*", "gguf/*", "coreml/*", "
 REMOTE_CODE_FILES = ("*.py",)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -42,6 +43,14 @@ def resolve_model_folder(path: str, revision: str | None = None, *, trust_remote
     if not _HUB_NAME.fullmatch(path):
         raise _no_folder(path)
     return _download(path, revision, HUB_FILES + (REMOTE_CODE_FILES if trust_remote_code else ()))
+
+
+def resolve_config_folder(path: str, revision: str | None = None) -> Path:
+    """As `resolve_model_folder`, but of a hub model nothing is fetched beside its config.json."""
+    local = Path(resolve_path(path)).expanduser()
+    if local.exists() or not _HUB_NAME.fullmatch(path):
+        return resolve_model_folder(path, revision)
+    return _download(path, revision, (_CONFIG,))
 
 
 def _no_folder(path: str) -> ModelError:

@@ -35,6 +35,16 @@ def describe(device: torch.device, ranks: int = 1) -> str:
     return f"CPU, {torch.get_num_threads()} threads (no GPU is used)"
 
 
+def memory_of(device: torch.device) -> float | None:
+    """Bytes that a device has in all; None where the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (OSError, ValueError):
+        return None
+
+
 def make_repeatable(*, seed: int, deterministic: bool) -> None:
     """Seed torch; with `deterministic`, only kernels that give the same bits every time."""
     torch.manual_seed(seed)

@@ -21,6 +21,9 @@ from dpo_cli.engine.backend import Backend
 from dpo_cli.engine.interface import whole_shape
 from dpo_cli.engine.ranks import Ranks, SoleRank
 from dpo_cli.errors import CheckpointError, Interrupted, OutOfMemory, StoreError
+from dpo_cli.forecast.machine import Machine
+from dpo_cli.forecast.plan import plan_or_nothing
+from dpo_cli.forecast.report import summary as forecast_summary
 from dpo_cli.policy.export import final_state
 from dpo_cli.policy.folder import resolve_model_folder
 from dpo_cli.policy.load import LoadedModel, load_model, load_reference
@@ -33,7 +36,7 @@ from dpo_cli.reference.store import ReferenceStore, open_store
 from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.checkpoint import CheckpointStore
 from dpo_cli.train.console import RunConsole
-from dpo_cli.train.device import choose_device, describe, environment, make_repeatable
+from dpo_cli.train.device import choose_device, describe, environment, make_repeatable, memory_of
 from dpo_cli.train.final import FINAL, completed_run, write_final
 from dpo_cli.train.loop import LoopSettings, Progress, Training
 from dpo_cli.train.metrics_log import MetricsLog
@@ -95,6 +98,7 @@ class _Run:
         say(f"device: {describe(device, self.ranks.size)}")
         objective = Objective.of(build_loss(config))
         data = self._prepare_data(objective)
+        self._forecast(device)
         policy = load_model(
             config.model, device=device, seed=config.seed, max_tokens=config.data.max_tokens, reading=backend.reading
         )
@@ -107,8 +111,7 @@ class _Run:
 
         references = self._references_of_another_model(data, policy, objective, settings, backend)
         engine = backend.training(packed, policy.model, optimizer_settings(config.optimizer), policy.dtype)
-        with engine.whole_weights():
-            tested = packed_self_test(packed, vocabulary=len(policy.tokenizer), where=str(policy.folder))
+        tested = packed_self_test(packed, vocabulary=len(policy.tokenizer), where=str(policy.folder))
         say(f"self-test: packed and plain forward agree to {tested.largest_difference:.0e} nats a token")
         if references is None:
             references = self._references(data, engine.model, policy.dtype_name, store, settings)
@@ -153,6 +156,12 @@ class _Run:
             )
         self.ranks.barrier()
         say(f"done in {_duration(time.monotonic() - began)}: {self.run_dir / FINAL}")
+
+    def _forecast(self, device: torch.device) -> None:
+        machine = Machine(device.type == "cuda", device_bytes=memory_of(device), devices=self.ranks.size)
+        plan = plan_or_nothing(self.config, machine)
+        if plan is not None:
+            self.console.say(forecast_summary(plan))
 
     def _prepare_data(self, objective: Objective) -> PreparedData:
         model = self.config.model

@@ -1,0 +1,83 @@
+"""How a run is laid out over devices, as far as its memory is concerned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Place = Literal["none", "cpu", "nvme"]
+# Of the packed attention: segments are attended to together up to this many scores a head.
+MAX_SCORES_PER_CALL = 2**22
+
+
+@dataclass(frozen=True)
+class LoraLayout:
+    """Adapters in training: their rank, and on which of a layer's matrices they are."""
+
+    rank: int
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """zero_stage: None for a single device, 0 for whole copies on every worker, 1 to 3 for DeepSpeed's ZeRO.
+
+    bytes_per_weight: of the weights that compute: 4 for float32, 2 for half precision.
+    tokens: of one packed row, at most; longest: of a prompt with one response, data.max_tokens.
+    on_gpu: there the driver takes its share, and grouped keys are repeated for every head under a mask.
+    momentum: of RMSprop.
+    """
+
+    tokens: int
+    longest: int
+    bytes_per_weight: Literal[2, 4]
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    workers: int = 1
+    offload_optimizer: Place = "none"
+    offload_parameters: Place = "none"
+    gradient_checkpointing: bool = False
+    lora: LoraLayout | None = None
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    momentum: bool = False
+    on_gpu: bool = True
+
+    @property
+    def half(self) -> bool:
+        return self.bytes_per_weight == 2
+
+    def share(self, stage: int) -> int:
+        """Among how many workers something is divided that ZeRO divides from this stage on."""
+        return self.workers if (self.zero_stage or 0) >= stage else 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a packed row asks of attention. tokens: of the row; scored: those with a log-prob.
+
+    causal_keys, masked_keys: keys gathered for segments that need no mask, and for those that do; a prompt's keys are
+    gathered once for each of its responses. masked_scores: queries x keys under a mask.
+    """
+
+    tokens: int
+    scored: int
+    causal_keys: int
+    masked_keys: int
+    masked_scores: int
+
+    @classmethod
+    def of_pairs(cls, tokens: int, longest: int) -> Row:
+        """The row that is planned for: full, of pairs as long as they may be, half of prompt + response being prompt.
+
+        Every token is counted as scored: pairs with short prompts come close to that.
+        """
+        tokens = max(tokens, longest_pair(longest))
+        pairs = tokens / longest_pair(longest)
+        keys, scores = pairs * longest, pairs * longest * longest / 2
+        if pairs < 2 or 2 * longest**2 > MAX_SCORES_PER_CALL:
+            return cls(tokens, tokens, round(keys), round(keys), round(scores))
+        return cls(tokens, tokens, 0, round(2 * keys), round(3 * scores))
+
+
+def longest_pair(longest: int) -> int:
+    """Tokens of a pair whose prompt and responses are each half of what prompt + response may have."""
+    return -(-3 * longest // 2)

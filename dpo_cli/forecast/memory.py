@@ -1,0 +1,232 @@
+"""Memory of a training step, device and host: what stays, and what the moment of its peak adds.
+
+What autograd keeps was read off the layers themselves (a norm in float32, the inputs of every matrix product, both
+sides of every product that is trained) and compared with measurements: docs/memory.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpo_cli.forecast.layout import Layout, Row
+from dpo_cli.forecast.shape import ModelShape
+
+GIB = 2**30
+# Of float32 logits in one chunk of the output head.
+CHUNK_BYTES = 64 * 2**20
+_CHUNK_ROWS_AT_LEAST = 16
+# Kernels, cuBLAS workspace and the driver's own share of a GPU; NCCL's channels where there are several workers.
+_CUDA_CONTEXT = round(0.6 * GIB)
+_NCCL = round(0.5 * GIB)
+# Whole gradients are exchanged in buckets of this size.
+_ALL_REDUCE_BYTES = 64 * 2**20
+# DeepSpeed's defaults, in numbers rather than bytes: reduce_bucket_size, stage3_prefetch_bucket_size,
+# stage3_max_live_parameters, sub_group_size. Gradients travel in float32.
+_REDUCE_BUCKET = 500_000_000
+_PREFETCH_BUCKET = 50_000_000
+_LIVE_PARAMETERS = 1_000_000_000
+_SUB_GROUP = 1_000_000_000
+
+PARAMETERS, MASTERS, GRADIENTS, OPTIMIZER = "parameters", "float32 masters", "gradients", "optimiser states"
+ACTIVATIONS, ATTENTION, HEAD = "activations", "attention buffers", "output head, by chunks"
+FLIGHT, BUCKETS, CONTEXT = "work in flight", "communication", "CUDA context"
+LINES = (PARAMETERS, MASTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, ATTENTION, HEAD, FLIGHT, BUCKETS, CONTEXT)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One moment of a step and the bytes it needs beside what always stays, by name of `LINES`."""
+
+    name: str
+    lines: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.lines.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device: what stays, by name of `LINES`, and the moments of a step.
+
+    host: of all workers of one machine together, if they are all there; nvme: on the fast disk.
+    """
+
+    stays: dict[str, int]
+    moments: tuple[Moment, ...]
+    host: int
+    nvme: int
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.bytes)
+
+    @property
+    def total(self) -> int:
+        return sum(self.stays.values()) + self.peak.bytes
+
+    def at_peak(self, line: str) -> int:
+        return self.stays.get(line, 0) + self.peak.lines.get(line, 0)
+
+    def at_most(self, line: str) -> int:
+        """The most a line ever takes, which may be at another moment than the peak of all."""
+        return self.stays.get(line, 0) + max(moment.lines.get(line, 0) for moment in self.moments)
+
+
+def trained_parameters(shape: ModelShape, layout: Layout) -> int:
+    if layout.lora is None:
+        return shape.parameters
+    adapted = shape.lora_linears(layout.lora.targets)
+    each = sum(linear.copies * (linear.inputs + linear.outputs) for linear in adapted)
+    return shape.layers * layout.lora.rank * each
+
+
+def state_bytes(layout: Layout) -> int:
+    """Of the optimiser, for each parameter in training."""
+    return 8 if layout.optimizer == "adamw" or layout.momentum else 4
+
+
+def forecast_memory(shape: ModelShape, layout: Layout, row: Row | None = None) -> Memory:
+    """row: what goes through the model at once; by default a full one of pairs as long as they may be."""
+    row = row or Row.of_pairs(layout.tokens, layout.longest)
+    stays, host, nvme = _what_stays(shape, layout)
+    return Memory(stays, _moments(shape, layout, row), host, nvme)
+
+
+def _what_stays(shape: ModelShape, layout: Layout) -> tuple[dict[str, int], int, int]:
+    trained, stage = trained_parameters(shape, layout), layout.zero_stage or 0
+    masters = 4 * trained if _has_masters(layout) else 0
+    stays = {
+        PARAMETERS: _frozen_and_trained(shape, layout) // layout.share(3),
+        MASTERS: masters // layout.share(1),
+        GRADIENTS: 4 * trained // layout.share(2),
+        OPTIMIZER: state_bytes(layout) * trained // layout.share(1),
+        BUCKETS: _buckets(layout, trained),
+        CONTEXT: (_CUDA_CONTEXT + (_NCCL if layout.workers > 1 else 0)) if layout.on_gpu else 0,
+    }
+    elsewhere = {"cpu": 0, "nvme": 0}
+    if layout.offload_optimizer != "none":
+        # What is moved there is moved with a float32 copy of the weights, whatever their own dtype.
+        stays[MASTERS] = 0
+        moved = 4 * trained // layout.share(1) + stays.pop(OPTIMIZER)
+        elsewhere[layout.offload_optimizer] += moved * layout.workers
+        # The gradient of what this worker updates follows, and with it the rounded weights that come back.
+        elsewhere["cpu"] += (4 + layout.bytes_per_weight) * trained // layout.share(1) * layout.workers
+        if stage < 3:
+            stays[GRADIENTS] = 4 * trained if stage < 2 else 0
+    if layout.offload_parameters != "none" and stage == 3:
+        elsewhere[layout.offload_parameters] += stays.pop(PARAMETERS) * layout.workers
+        stays[PARAMETERS] = 0
+    if stage == 3:
+        largest = max(shape.layer_parameters, shape.embedding_parameters)
+        live = max(_LIVE_PARAMETERS, largest + _PREFETCH_BUCKET)
+        stays[PARAMETERS] += layout.bytes_per_weight * min(shape.parameters, live)
+    return stays, elsewhere["cpu"], elsewhere["nvme"]
+
+
+def _has_masters(layout: Layout) -> bool:
+    """Float32 weights, adapters among them, are their own masters; ZeRO keeps a flat copy all the same."""
+    return bool(layout.zero_stage) or (layout.half and layout.lora is None)
+
+
+def _frozen_and_trained(shape: ModelShape, layout: Layout) -> int:
+    adapters = 4 * trained_parameters(shape, layout) if layout.lora else 0
+    return layout.bytes_per_weight * shape.parameters + adapters
+
+
+def _buckets(layout: Layout, trained: int) -> int:
+    if layout.zero_stage is None or (layout.zero_stage == 0 and layout.workers == 1):
+        return 0
+    if layout.zero_stage == 0:
+        return min(_ALL_REDUCE_BYTES, 4 * trained)
+    # Allocated whole, however small the model.
+    return 4 * _REDUCE_BUCKET
+
+
+def _moments(shape: ModelShape, layout: Layout, row: Row) -> tuple[Moment, ...]:
+    trained, width = trained_parameters(shape, layout), layout.bytes_per_weight
+    whole = layout.lora is None
+    layer, attention = _layer_activations(shape, layout, row)
+    outer = _outer_activations(shape, layout, row)
+    if layout.gradient_checkpointing:
+        kept = {ACTIVATIONS: shape.layers * width * shape.hidden * row.tokens + outer, ATTENTION: 0}
+    else:
+        kept = {ACTIVATIONS: shape.layers * layer + outer, ATTENTION: shape.layers * attention}
+    chunk, head_gradient, embedding = _head(shape, layout, row), 0, shape.embedding_parameters
+    if whole:
+        # A running sum in float32, and in half precision one chunk's share or the rounded result beside it.
+        head_gradient = 4 * embedding + (width * embedding if layout.half else 0)
+    hidden_gradient = width * row.scored * shape.hidden
+
+    first = dict(kept)
+    if layout.gradient_checkpointing:
+        first[ACTIVATIONS] += layer
+        first[ATTENTION] += attention
+    # The head's gradient waits for the embedding's where they are one matrix; in half precision it stays in any case.
+    waiting = width * embedding if whole and (shape.tied or layout.half) else 0
+    working = width * row.tokens * (2 * shape.mlp_width + 2 * shape.hidden)
+
+    # Half-precision gradients are complete before they are added to the float32 ones; ZeRO adds each as it comes.
+    rounded = width * trained if layout.half and whole and not layout.zero_stage else 0
+    last = max(
+        width * embedding * (2 if shape.tied else 1) if whole else 0, 4 * embedding if layout.half and whole else 0
+    )
+    return (
+        Moment("the forward pass of the output head", {**kept, HEAD: chunk[0]}),
+        Moment(
+            "the backward pass of the output head", {**kept, HEAD: chunk[1], FLIGHT: head_gradient + hidden_gradient}
+        ),
+        Moment("the backward pass of the last layer", {**first, FLIGHT: waiting + working}),
+        Moment("the end of the backward pass", {FLIGHT: rounded + last}),
+        Moment("the optimiser's step", {FLIGHT: _step_buffers(layout, trained)}),
+    )
+
+
+def _layer_activations(shape: ModelShape, layout: Layout, row: Row) -> tuple[int, int]:
+    """What one layer keeps for its backward pass: without attention's own, and that."""
+    width, whole = layout.bytes_per_weight, layout.lora is None
+    # A norm keeps its input in float32; its rounded result, scaled and not, for a weight in training or the products.
+    norms = (4 + (2 * width if whole else 0)) * 2 * shape.hidden
+    norms += (4 + (width if whole else 0)) * shape.norm_width
+    inner = shape.mlp_width * ((4 if whole else 3) if shape.gated else (2 if whole else 1)) * width
+    projected = shape.query_width * width if whole else 0
+    # Tokens are gathered for their experts, and what comes back is weighted.
+    experts = 3 * width * shape.hidden * shape.experts_per_token
+    adapters = 0
+    if layout.lora is not None:
+        for linear in shape.lora_linears(layout.lora.targets):
+            # Every adapter reads its input in float32: a copy of its own in half precision, the shared one else.
+            share = 4 * linear.inputs if layout.half or linear.inputs != shape.hidden else 2 * linear.inputs
+            adapters += linear.used * (share + 4 * layout.lora.rank)
+    tokens = row.tokens * (norms + inner + projected + experts + adapters)
+    gathered = row.tokens * (2 * width * shape.query_width + 4 * shape.heads)
+    masked_width = shape.query_width if layout.on_gpu else shape.key_width
+    keys = 2 * width * (row.causal_keys * shape.key_width + row.masked_keys * masked_width)
+    return tokens, gathered + keys + width * row.masked_scores
+
+
+def _outer_activations(shape: ModelShape, layout: Layout, row: Row) -> int:
+    """Kept once: the last norm, the hidden states that are scored, rotations, masks, ids."""
+    width = layout.bytes_per_weight
+    head_dim = shape.query_width // shape.heads
+    tokens = row.tokens * ((4 + width) * shape.hidden + 2 * width * head_dim + 40)
+    return tokens + row.scored * (width * shape.hidden + 64) + row.masked_scores
+
+
+def _head(shape: ModelShape, layout: Layout, row: Row) -> tuple[int, int]:
+    """Chunk-sized buffers of the head, forward and backward."""
+    rows = min(row.scored, max(_CHUNK_ROWS_AT_LEAST, CHUNK_BYTES // (4 * shape.vocabulary)))
+    logits = 4 * rows * shape.vocabulary
+    # In half precision the product comes rounded before it is widened, and goes back rounded.
+    rounded = logits // 2 if layout.half else 0
+    return 2 * logits + rounded, logits + rounded
+
+
+def _step_buffers(layout: Layout, trained: int) -> int:
+    mine, stage = trained // layout.share(1), layout.zero_stage or 0
+    if layout.offload_optimizer != "none":
+        return 0
+    # RMSprop takes the root of all squared gradients at once; AdamW is fused.
+    roots = 4 * mine if layout.optimizer == "rmsprop" else 0
+    flat = {0: 0, 1: 4 * mine, 2: 4 * mine, 3: 4 * min(mine, _SUB_GROUP)}[stage]
+    return roots + flat

@@ -1,0 +1,100 @@
+"""What a checked configuration will need: read the model's sizes, forecast, and say whether it fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from dpo_cli.config.schema import Config, RMSpropConfig
+from dpo_cli.config.shipped import choices
+from dpo_cli.errors import ModelError
+from dpo_cli.forecast.cost import Disk, Work, forecast_disk, forecast_step
+from dpo_cli.forecast.layout import Layout, LoraLayout
+from dpo_cli.forecast.machine import Machine, find_machine
+from dpo_cli.forecast.memory import Memory, forecast_memory
+from dpo_cli.forecast.model_files import read_shape
+from dpo_cli.forecast.remedies import Remedy, fits, remedies
+from dpo_cli.forecast.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A forecast, with all that it was made from. counted_from: where the number of parameters is known from.
+
+    remedies: empty where the run fits, or nothing is known of the device.
+    """
+
+    model: str
+    shape: ModelShape
+    counted_from: str
+    layout: Layout
+    machine: Machine
+    device_tflops: float | None
+    memory: Memory
+    disk: Disk
+    step: Work
+    remedies: tuple[Remedy, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """None where nothing is known of the device."""
+        return None if self.machine.device_bytes is None else fits(self.memory, self.machine.device_bytes)
+
+
+def plan_run(config: Config, machine: Machine | None = None) -> Plan:
+    """machine: what the run will use, where that is known already. Raises ModelError for a model without sizes."""
+    hardware = config.hardware
+    if machine is None:
+        machine = find_machine(hardware.device, device_memory_gb=hardware.device_memory_gb)
+        workers = hardware.num_workers or machine.devices
+    else:
+        workers = machine.devices
+    shape, counted_from = read_shape(config.model.path, config.model.revision)
+    layout = layout_of(config, machine, workers=workers)
+    memory = forecast_memory(shape, layout)
+    proposed: list[Remedy] = []
+    if machine.device_bytes is not None and not fits(memory, machine.device_bytes):
+        proposed = remedies(shape, layout, device_bytes=machine.device_bytes, zero_groups=choices("hardware"))
+    return Plan(
+        model=config.model.path,
+        shape=shape,
+        counted_from=counted_from,
+        layout=layout,
+        machine=machine,
+        device_tflops=hardware.device_tflops,
+        memory=memory,
+        disk=forecast_disk(shape, layout, keep_checkpoints=config.keep_checkpoints),
+        step=forecast_step(shape, layout, global_pairs=config.global_pairs),
+        remedies=tuple(proposed),
+    )
+
+
+def plan_or_nothing(config: Config, machine: Machine) -> Plan | None:
+    """For a run that does not depend on it: None where a model does not tell its sizes."""
+    try:
+        return plan_run(config, machine)
+    except ModelError:
+        return None
+
+
+def layout_of(config: Config, machine: Machine, *, workers: int) -> Layout:
+    hardware = config.hardware
+    model, optimizer, lora = config.model, config.optimizer, config.model.lora
+    half = model.dtype in ("bfloat16", "float16") or (model.dtype == "auto" and machine.on_gpu)
+    targets = None if lora is None else lora.target_modules
+    return Layout(
+        tokens=config.tokens_per_microbatch,
+        longest=config.data.max_tokens,
+        bytes_per_weight=2 if half else 4,
+        gradient_checkpointing=model.gradient_checkpointing,
+        lora=None
+        if lora is None
+        else LoraLayout(lora.rank, targets if isinstance(targets, str) else tuple(targets or ())),
+        optimizer=optimizer.name,
+        momentum=isinstance(optimizer, RMSpropConfig) and optimizer.momentum > 0,
+        on_gpu=machine.on_gpu,
+        zero_stage=cast(Literal[0, 1, 2, 3] | None, hardware.zero_stage),
+        workers=workers if hardware.is_distributed else 1,
+        offload_optimizer=hardware.offload_optimizer if hardware.is_distributed else "none",
+        offload_parameters=hardware.offload_parameters if hardware.is_distributed else "none",
+    )

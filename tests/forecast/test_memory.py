@@ -1,0 +1,219 @@
+"""Memory, disk and time against sums done by hand, and against what autograd really keeps."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from forecast_shapes import QWEN2_HALF_BILLION, QWEN2_SEVEN_BILLION
+
+from dpo_cli.forecast.cost import forecast_disk, forecast_step
+from dpo_cli.forecast.layout import MAX_SCORES_PER_CALL, Layout, LoraLayout, Row
+from dpo_cli.forecast.memory import (
+    ACTIVATIONS,
+    ATTENTION,
+    BUCKETS,
+    CHUNK_BYTES,
+    GRADIENTS,
+    HEAD,
+    MASTERS,
+    OPTIMIZER,
+    PARAMETERS,
+    forecast_memory,
+    trained_parameters,
+)
+from dpo_cli.forecast.shape import ModelShape
+
+SMALL, LARGE = ModelShape.of(QWEN2_HALF_BILLION), ModelShape.of(QWEN2_SEVEN_BILLION)
+N_SMALL, N = 494_032_768, 7_615_616_512
+ONE_GPU = Layout(tokens=8192, longest=1024, bytes_per_weight=2)
+
+
+def test_one_gpu_in_bfloat16_keeps_eighteen_bytes_a_parameter() -> None:
+    stays = forecast_memory(LARGE, ONE_GPU).stays
+    assert stays[PARAMETERS] == 2 * N
+    assert stays[MASTERS] == 4 * N
+    assert stays[GRADIENTS] == 4 * N
+    assert stays[OPTIMIZER] == 8 * N
+    assert stays[BUCKETS] == 0
+
+
+def test_float32_weights_are_their_own_masters_on_one_device() -> None:
+    stays = forecast_memory(SMALL, replace(ONE_GPU, bytes_per_weight=4)).stays
+    assert stays[PARAMETERS] == stays[GRADIENTS] == 4 * N_SMALL
+    assert stays[MASTERS] == 0
+
+
+def test_rmsprop_keeps_one_moment_less() -> None:
+    assert forecast_memory(SMALL, replace(ONE_GPU, optimizer="rmsprop")).stays[OPTIMIZER] == 4 * N_SMALL
+    assert forecast_memory(SMALL, replace(ONE_GPU, optimizer="rmsprop", momentum=True)).stays[OPTIMIZER] == 8 * N_SMALL
+
+
+@pytest.mark.parametrize(
+    ("stage", "divided"),
+    [
+        (0, ()),
+        (1, (MASTERS, OPTIMIZER)),
+        (2, (MASTERS, OPTIMIZER, GRADIENTS)),
+        (3, (MASTERS, OPTIMIZER, GRADIENTS)),
+    ],
+)
+def test_each_stage_divides_what_zero_says(stage: Any, divided: tuple[str, ...]) -> None:
+    alone = forecast_memory(LARGE, ONE_GPU).stays
+    shared = forecast_memory(LARGE, replace(ONE_GPU, zero_stage=stage, workers=8)).stays
+    for line in (MASTERS, OPTIMIZER, GRADIENTS):
+        assert shared[line] == alone[line] // (8 if line in divided else 1)
+    # Stage 3 has a share of the weights, and those that are gathered: at most 1e9 at a time by DeepSpeed's default.
+    assert shared[PARAMETERS] == (2 * N // 8 + 2 * 10**9 if stage == 3 else 2 * N)
+
+
+def test_deepspeed_allocates_its_reduce_bucket_whole() -> None:
+    for stage in (1, 2, 3):
+        layout = replace(ONE_GPU, zero_stage=stage, workers=2)  # type: ignore[arg-type]
+        assert forecast_memory(SMALL, layout).stays[BUCKETS] == 4 * 500_000_000
+
+
+def test_zero_copies_float32_weights_too() -> None:
+    masters = [
+        forecast_memory(SMALL, replace(ONE_GPU, bytes_per_weight=4, zero_stage=stage, workers=4)).stays[MASTERS]
+        for stage in (1, 2, 3)
+    ]
+    assert masters == [N_SMALL, N_SMALL, N_SMALL]
+
+
+def test_offload_moves_states_to_the_host_whole() -> None:
+    layout = replace(ONE_GPU, zero_stage=3, workers=8)
+    moved = forecast_memory(LARGE, replace(layout, offload_optimizer="cpu"))
+    assert moved.stays.get(OPTIMIZER, 0) == moved.stays[MASTERS] == 0
+    # Master, two moments, gradient and the rounded weights that come back: 4 + 8 + 4 + 2 bytes.
+    assert moved.host == pytest.approx(18 * N, rel=1e-6)
+    more = forecast_memory(LARGE, replace(layout, offload_optimizer="cpu", offload_parameters="cpu"))
+    assert more.host - moved.host == pytest.approx(2 * N, rel=1e-6)
+    assert more.stays[PARAMETERS] == 2 * 10**9
+    nvme = forecast_memory(LARGE, replace(layout, offload_optimizer="nvme"))
+    assert nvme.nvme == pytest.approx(12 * N, rel=1e-6)
+
+
+def test_adapters_train_rank_times_the_sides_of_every_matrix() -> None:
+    sides = (896 + 896) + 2 * (896 + 128) + (896 + 896) + 2 * (896 + 4864) + (4864 + 896)
+    layout = replace(ONE_GPU, lora=LoraLayout(16))
+    assert trained_parameters(SMALL, layout) == 24 * 16 * sides
+    assert forecast_memory(SMALL, layout).stays[GRADIENTS] == 4 * 24 * 16 * sides
+    two = replace(ONE_GPU, lora=LoraLayout(8, ("q_proj", "v_proj")))
+    assert trained_parameters(SMALL, two) == 24 * 8 * ((896 + 896) + (896 + 128))
+
+
+def test_more_tokens_never_need_less() -> None:
+    for checkpointing, width in itertools.product((False, True), (2, 4)):
+        totals = [
+            forecast_memory(
+                SMALL,
+                Layout(tokens, 512, bytes_per_weight=width, gradient_checkpointing=checkpointing),  # type: ignore[arg-type]
+            ).total
+            for tokens in (512, 1024, 2048, 8192, 32768)
+        ]
+        assert totals == sorted(totals)
+
+
+def test_checkpointing_more_workers_and_higher_stages_never_need_more() -> None:
+    assert forecast_memory(LARGE, replace(ONE_GPU, gradient_checkpointing=True)).total < (
+        forecast_memory(LARGE, ONE_GPU).total
+    )
+    for stage in (1, 2, 3):
+        totals = [
+            forecast_memory(LARGE, replace(ONE_GPU, zero_stage=stage, workers=workers)).total  # type: ignore[arg-type]
+            for workers in (2, 4, 8, 64)
+        ]
+        assert totals == sorted(totals, reverse=True)
+    stages = [
+        forecast_memory(LARGE, replace(ONE_GPU, zero_stage=stage, workers=8)).total  # type: ignore[arg-type]
+        for stage in (0, 1, 2, 3)
+    ]
+    assert stages == sorted(stages, reverse=True)
+
+
+def test_a_peak_is_what_stays_and_its_moment() -> None:
+    memory = forecast_memory(LARGE, ONE_GPU)
+    assert memory.total == sum(memory.stays.values()) + max(moment.bytes for moment in memory.moments)
+    for line in (*memory.stays, ACTIVATIONS, ATTENTION, HEAD):
+        assert memory.at_peak(line) <= memory.at_most(line)
+
+
+def test_checkpoints_hold_masters_and_moments() -> None:
+    disk = forecast_disk(LARGE, ONE_GPU, keep_checkpoints=2)
+    assert (disk.checkpoint, disk.most, disk.final) == (12 * N, 36 * N, 2 * N)
+    adapters = replace(ONE_GPU, lora=LoraLayout(16))
+    trained = trained_parameters(LARGE, adapters)
+    disk = forecast_disk(LARGE, adapters, keep_checkpoints=1)
+    assert (disk.checkpoint, disk.final) == (12 * trained, 2 * N + 4 * trained)
+
+
+def test_a_step_is_six_operations_a_parameter_and_token_and_attention() -> None:
+    # 64 pairs of 512 + 512 + 512 tokens; the embeddings are looked up, not multiplied with.
+    work = forecast_step(LARGE, ONE_GPU, global_pairs=64)
+    assert work.tokens == 64 * 1536
+    multiplied = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 152064 * 3584
+    pairs_of_positions = 64 * (1024 * 1024 / 2 + 512 * 512 + 512 * 512 / 2)
+    forward = 2 * multiplied * work.tokens + 4 * 28 * 3584 * pairs_of_positions
+    assert work.flops == pytest.approx(3 * forward)
+    checkpointed = forecast_step(LARGE, replace(ONE_GPU, gradient_checkpointing=True), global_pairs=64)
+    assert checkpointed.flops == pytest.approx(4 * forward)
+    assert work.seconds(device_tflops=100, workers=2) == pytest.approx(3 * forward / (2 * 0.4 * 100e12))
+
+
+def test_the_forecast_knows_the_bounds_of_head_and_attention() -> None:
+    from dpo_cli.policy import attention, head
+
+    assert CHUNK_BYTES == head.CHUNK_BYTES
+    assert MAX_SCORES_PER_CALL == attention.MAX_SCORES_PER_CALL
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("layers", "longest"), [(1, 256), (3, 256), (2, 2048)])
+def test_activations_are_what_autograd_keeps(dtype: str, layers: int, longest: int) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dpo_cli.batch.layout import pack
+    from dpo_cli.data.example import Example
+    from dpo_cli.policy.packed_model import PackedModel
+
+    torch.manual_seed(0)
+    sizes = QWEN2_HALF_BILLION | {
+        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "vocab_size": 512,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("qwen2", **{key: value for key, value in sizes.items() if key != "model_type"}),
+        attn_implementation="packed",
+        dtype=getattr(torch, dtype),
+    ).train()
+    half = longest // 2
+    random = np.random.default_rng(0)
+
+    def ids(count: int) -> Any:
+        return random.integers(0, 512, count).astype(np.int32)
+
+    count = max(2, 2048 // longest)
+    row = pack([Example(prompt=ids(half), responses=(ids(half + 1), ids(half + 1))) for _ in range(count)])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        PackedModel(model)(row)
+    autograd = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+
+    planned = Row.of_pairs(len(row.input_ids), longest)
+    layout = Layout(planned.tokens, longest, bytes_per_weight=4 if dtype == "float32" else 2, on_gpu=False)
+    memory = forecast_memory(ModelShape.of(sizes), layout, replace(planned, scored=len(row.targets)))
+    forward = memory.moments[0]
+    # The row's own masks, a byte a score, are held beside what autograd keeps.
+    forecast = forward.lines[ACTIVATIONS] + forward.lines[ATTENTION] - planned.masked_scores
+    assert forecast == pytest.approx(autograd, rel=0.03)
