@@ -128,7 +128,9 @@ OptimizerConfig = Annotated[
 
 
 class HardwareConfig(Section):
-    name: Literal["single_gpu"]
+    name: Name
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None
+    num_workers: Count | None
     device: Literal["auto", "cuda", "cpu"]
 
 

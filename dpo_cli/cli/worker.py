@@ -1,0 +1,163 @@
+"""The ranks of a distributed run, whoever starts them.
+
+`python -m dpo_cli.cli.worker RUN_DIR` is a rank that dpo-train itself has started. Under torchrun or deepspeed every
+rank is a dpo-train: rank 0 checks the command line and makes the run folder, the others wait for its name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from dpo_cli.cli.arguments import Arguments, parse_arguments
+from dpo_cli.cli.run_folder import exclusive, read_saved_run, sharing
+from dpo_cli.cli.train import dispatch, exit_code_of, report
+from dpo_cli.config.loss_signature import import_path_includes
+from dpo_cli.config.schema import Config
+from dpo_cli.engine.environment import rank, take_local_rank
+from dpo_cli.engine.outcome import Failure, RankFiles
+from dpo_cli.engine.rank import run_as_rank
+from dpo_cli.engine.watch import Watch
+from dpo_cli.errors import CheckpointError, ConfigError, DpoError
+from dpo_cli.train.stop import StopRequest
+
+
+def train_as_worker(config: Config, run_dir: Path) -> None:
+    """What every rank does, in a process that was just started as one."""
+    from dpo_cli.train.run import run_training
+
+    run_training(config, run_dir=run_dir)
+
+
+def launch_workers(config: Config, *, run_dir: Path) -> None:
+    """Train in processes of this machine's own; raises what the first of them that fails raises."""
+    from dpo_cli.engine.launch import launch, visible_gpus
+
+    workers = config.hardware.num_workers
+    if workers is None:
+        workers = 1 if config.hardware.device == "cpu" else max(1, visible_gpus())
+    folder = run_dir.absolute()
+    launch(
+        [sys.executable, "-P", "-u", "-m", "dpo_cli.cli.worker", str(folder)],
+        workers=workers,
+        run_dir=folder,
+    )
+
+
+def run_under_launcher(words: list[str]) -> int:
+    """dpo-train as one of the ranks that torchrun or deepspeed has started; returns only without having trained."""
+    words = take_local_rank(words)
+    return _run_main(words) if rank() == 0 else _run_other(words)
+
+
+def _run_main(words: list[str]) -> int:
+    arguments: list[Arguments] = []
+    handed_over = False
+    watch = Watch()
+
+    def run() -> None:
+        arguments.append(_parse(words))
+        if not _shows_only(arguments[0]):
+            watch.start()
+        with StopRequest().listening():
+            dispatch(arguments[0], train=train)
+
+    def train(config: Config, *, before: Callable[[], None] | None = None) -> None:
+        nonlocal handed_over
+        folder = Path(config.run_dir).absolute()
+        with exclusive(folder):
+            if before is not None:
+                before()
+            RankFiles(folder).clear()
+            if config.hardware.zero_stage is not None:
+                from dpo_cli.engine.rendezvous import hand_over
+
+                handed_over = True
+                hand_over(lambda: str(folder))
+            _run_rank(config, folder, watch)
+
+    code = exit_code_of(run)
+    if code and arguments and not _shows_only(arguments[0]) and not handed_over:
+        from dpo_cli.engine.rendezvous import tell_failure
+
+        # The user knows already; the others are told so that they end with the same exit code.
+        tell_failure(code)
+    return code
+
+
+def _run_other(words: list[str]) -> int:
+    """Rank 0 does the talking."""
+    try:
+        if _shows_only(_parse(words)):
+            return 0
+        watch = Watch()
+        watch.start()
+        from dpo_cli.engine.rendezvous import receive
+
+        with StopRequest().listening():
+            folder = Path(receive())
+            if not folder.is_dir():
+                raise CheckpointError(
+                    f"The run folder that rank 0 has made is not there on the machine of rank {rank()}.",
+                    where=str(folder),
+                    hint="run_dir=FOLDER on a disk that all machines share",
+                )
+            _run_rank(_saved_config(folder), folder, watch)
+    except CheckpointError as error:
+        print(report(error), file=sys.stderr)
+        return error.exit_code
+    except DpoError as error:
+        return error.exit_code
+
+
+def _run_rank(config: Config, folder: Path, watch: Watch) -> NoReturn:
+    def body() -> None:
+        with sharing(folder), StopRequest().listening():
+            train_as_worker(config, folder)
+
+    run_as_rank(body, run_dir=folder, watch=watch, show=_show)
+
+
+def _parse(words: list[str]) -> Arguments:
+    arguments = parse_arguments(words)
+    if arguments.sweep:
+        raise ConfigError(
+            "-m starts several runs, and a launcher's processes are those of one.",
+            where="command line",
+            hint="dpo-train -m hardware=...: it starts the processes of each run by itself",
+        )
+    return arguments
+
+
+def _shows_only(arguments: Arguments) -> bool:
+    return arguments.help or arguments.version or arguments.show_config
+
+
+def _saved_config(folder: Path) -> Config:
+    import_path_includes(Path.cwd())
+    return Config.model_validate(read_saved_run(folder).settings)
+
+
+def _show(failure: Failure) -> None:
+    if failure.detail:
+        print(failure.detail, file=sys.stderr)
+    print(report(failure.as_error()), file=sys.stderr)
+
+
+def main() -> NoReturn:
+    """A rank of a launch by dpo-train, which has made the run folder and waits."""
+    folder = Path(sys.argv[1])
+    watch = Watch()
+    watch.start()
+
+    def body() -> None:
+        with sharing(folder), StopRequest().listening():
+            train_as_worker(_saved_config(folder), folder)
+
+    run_as_rank(body, run_dir=folder, watch=watch, show=_show)
+
+
+if __name__ == "__main__":
+    main()
