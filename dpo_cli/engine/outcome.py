@@ -66,10 +66,9 @@ class RankState:
     hint: str | None = None
 
     @property
-    def died(self) -> bool:
-        """Whether it has ended without saying so; None can tell from another machine."""
-        here = self.space == pid_space()
-        return self.exit_code is None and here and not Process(self.pid, self.started).is_alive
+    def may_have_died(self) -> bool:
+        """Whether it has ended without saying so, or is on another machine, from where nobody can tell."""
+        return self.exit_code is None and not Process(self.pid, self.started).is_alive
 
 
 class RankFiles:
@@ -77,11 +76,14 @@ class RankFiles:
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / FOLDER
+        # Read once each, then looked after by pid: many ranks that read many files twice a second would load a network
+        # file system.
+        self._begun: dict[str, RankState] = {}
 
     def clear(self) -> None:
         """Forget an earlier start; before any rank of this one begins."""
         self.folder.mkdir(exist_ok=True)
-        for pattern in ("rank-*", "failure.json", "exits.json"):
+        for pattern in ("rank-*", "failure.json", "exits.json", "told"):
             for file in self.folder.glob(pattern):
                 file.unlink(missing_ok=True)
 
@@ -99,14 +101,26 @@ class RankFiles:
 
     def states(self) -> list[RankState]:
         """What the ranks have written so far, in rank order."""
-        found = [_read(file) for file in sorted(self.folder.glob("rank-*.json"))]
-        return [RankState(**state) for state in found if state is not None]
+        return [state for file in self._state_files() if (state := _read_state(file)) is not None]
 
     def died(self) -> list[RankState]:
         """Ranks of this machine that have ended without a word."""
-        suspects = {state.rank for state in self.states() if state.died}
-        # Whoever was still running when its file was read may have said it since, and ended.
-        return [state for state in self.states() if state.rank in suspects and state.died]
+        found = []
+        for file in self._state_files():
+            if file.name not in self._begun and (state := _read_state(file)) is not None:
+                self._begun[file.name] = state
+            state = self._begun.get(file.name)
+            if state is None or state.space != pid_space() or not state.may_have_died:
+                continue
+            # It was running when its file was read, and may have said since that it ends.
+            state = _read_state(file) or state
+            self._begun[file.name] = state
+            if state.exit_code is None:
+                found.append(state)
+        return found
+
+    def _state_files(self) -> list[Path]:
+        return sorted(self.folder.glob("rank-*.json"))
 
     def failure(self) -> Failure | None:
         found = _read(self.folder / "failure.json")
@@ -128,6 +142,16 @@ class RankFiles:
             self.claim(self.describe_death(dead[0].rank))
             found = self.failure()
         return found
+
+    def first_to_tell(self, death: Failure) -> bool:
+        """Whether this rank is to tell of another's death: each of those left has found it, and one is enough."""
+        if death != self.describe_death(death.rank):
+            return False  # no death but a failure, of which that rank tells itself
+        try:
+            (self.folder / "told").touch(exist_ok=False)
+        except OSError:
+            return False
+        return True
 
     def write_exits(self, codes: dict[int, int]) -> None:
         write_json(self.folder / "exits.json", {str(rank): code for rank, code in codes.items()})
@@ -166,6 +190,11 @@ def _read(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None  # not there, or being written
     return content if isinstance(content, dict) else None
+
+
+def _read_state(file: Path) -> RankState | None:
+    content = _read(file)
+    return RankState(**content) if content is not None else None
 
 
 def _last_lines(log: Path) -> list[str]:

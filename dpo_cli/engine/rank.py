@@ -28,12 +28,17 @@ def run_as_rank(body: Callable[[], None], *, run_dir: Path, watch: Watch, show: 
     screen = os.dup(2)
     if rank() != 0:
         _print_to(files.log(rank()))
+
+    def tell(failure: Failure) -> None:
+        if launched_by() is None:
+            os.dup2(screen, 2)
+            show(failure)
+
     files.begin(rank())
-    watch.include_peers(files, rank())
-    code, told = _call(body, files)
-    if told is not None and launched_by() is None:
-        os.dup2(screen, 2)
-        show(told)
+    watch.include_peers(files, rank(), tell)
+    code, mine_to_tell = _call(body, files)
+    if mine_to_tell is not None:
+        tell(mine_to_tell)
     _remove_shared_memory()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
@@ -65,23 +70,13 @@ def _failed(error: BaseException, text: str, files: RankFiles) -> tuple[int, Fai
     mine = Failure.of(rank(), error, traceback=text)
     if before is not None:
         files.end(rank(), before.exit_code, message=before.message)
-        # A death that nobody else has claimed: whoever finds it tells of it.
-        died = before.rank != rank() and before == files.describe_death(before.rank)
-        return before.exit_code, before if died and _first_to_tell(files) else None
+        return before.exit_code, before if files.first_to_tell(before) else None
     if interrupted:
         files.end(rank(), mine.exit_code, message=mine.message, hint=mine.hint)
         return mine.exit_code, mine if rank() == 0 else None
     first = files.claim(mine)
     files.end(rank(), mine.exit_code, message=mine.message)
     return mine.exit_code, mine if first else None
-
-
-def _first_to_tell(files: RankFiles) -> bool:
-    try:
-        (files.folder / "rank-told").touch(exist_ok=False)
-    except OSError:
-        return False
-    return True
 
 
 def _print_to(log: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import PurePath
 
 from dpo_cli.engine.environment import launched_by, stop_seconds
@@ -61,16 +62,16 @@ class Watch:
     def __init__(self) -> None:
         self._launchers = launchers_above()
         self._bounded_seconds = stop_seconds()
-        self._peers: tuple[RankFiles, int] | None = None
+        self._peers: tuple[RankFiles, int, Callable[[Failure], None]] | None = None
         self._deadline: float | None = None
         self._reason: Failure | None = None
 
     def start(self) -> None:
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
-    def include_peers(self, files: RankFiles, rank: int) -> None:
-        """From now on, end also when another rank of this run folder has failed or died."""
-        self._peers = (files, rank)
+    def include_peers(self, files: RankFiles, rank: int, tell: Callable[[Failure], None]) -> None:
+        """From now on, end also when another rank of this run folder has failed or died; `tell` of a death."""
+        self._peers = (files, rank, tell)
 
     def _look(self) -> None:
         asked = False
@@ -95,8 +96,10 @@ class Watch:
         code = EXIT_BUG if self._reason is None else self._reason.exit_code
         try:
             if self._peers is not None and self._reason is not None:
-                files, rank = self._peers
+                files, rank, tell = self._peers
                 files.end(rank, code, message=self._reason.message)
+                if files.first_to_tell(self._reason):
+                    tell(self._reason)
         finally:
             # Not sys.exit: the main thread may wait for ever inside a collective.
             os._exit(code)
