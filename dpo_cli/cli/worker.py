@@ -6,6 +6,7 @@ rank is a dpo-train: rank 0 checks the command line and makes the run folder, th
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,12 +39,7 @@ def launch_workers(config: Config, *, run_dir: Path) -> None:
     workers = config.hardware.num_workers
     if workers is None:
         workers = 1 if config.hardware.device == "cpu" else max(1, visible_gpus())
-    folder = run_dir.absolute()
-    launch(
-        [sys.executable, "-P", "-u", "-m", "dpo_cli.cli.worker", str(folder)],
-        workers=workers,
-        run_dir=folder,
-    )
+    launch([sys.executable, "-P", "-u", "-m", "dpo_cli.cli.worker", str(run_dir)], workers=workers, run_dir=run_dir)
 
 
 def run_under_launcher(words: list[str]) -> int:
@@ -66,7 +62,7 @@ def _run_main(words: list[str]) -> int:
 
     def train(config: Config, *, before: Callable[[], None] | None = None) -> None:
         nonlocal handed_over
-        folder = Path(config.run_dir).absolute()
+        folder = Path(config.run_dir)
         with exclusive(folder):
             if before is not None:
                 before()
@@ -75,7 +71,7 @@ def _run_main(words: list[str]) -> int:
                 from dpo_cli.engine.rendezvous import hand_over
 
                 handed_over = True
-                hand_over(lambda: str(folder))
+                hand_over(lambda: str(folder.absolute()))
             _run_rank(config, folder, watch)
 
     code = exit_code_of(run)
@@ -94,9 +90,9 @@ def _run_other(words: list[str]) -> int:
             return 0
         watch = Watch()
         watch.start()
-        from dpo_cli.engine.rendezvous import receive
-
         with StopRequest().listening():
+            from dpo_cli.engine.rendezvous import receive
+
             folder = Path(receive())
             if not folder.is_dir():
                 raise CheckpointError(
@@ -109,6 +105,8 @@ def _run_other(words: list[str]) -> int:
         print(report(error), file=sys.stderr)
         return error.exit_code
     except DpoError as error:
+        # Rank 0 leaves at the same time, and its launcher then terminates the others.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return error.exit_code
 
 

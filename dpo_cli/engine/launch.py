@@ -21,6 +21,9 @@ from dpo_cli.errors import Interrupted, RankFailed
 _POLL_SECONDS = 0.2
 # Ranks end within seconds of the first failure; what hangs then is killed.
 _FAILURE_SECONDS = 10.0
+# A signal that reaches torchrun while it asks after a worker leaves it with a lock that it then waits for, as long as
+# its workers may take to stop.
+_TORCHRUN_SECONDS = 3.0
 
 
 def launch(command: Sequence[str], *, workers: int, run_dir: Path, stop_seconds: float = DEFAULT_STOP_SECONDS) -> None:
@@ -45,7 +48,7 @@ def launch(command: Sequence[str], *, workers: int, run_dir: Path, stop_seconds:
         )
         signals.receiver = torchrun
         try:
-            _wait(torchrun, files, mark, signals, stop_seconds)
+            _wait(torchrun, files, workers, mark, signals, stop_seconds)
         finally:
             _kill_all(mark)
             torchrun.wait()
@@ -93,7 +96,12 @@ class _Signals:
 
 
 def _wait(
-    torchrun: subprocess.Popen[bytes], files: RankFiles, mark: str, signals: _Signals, stop_seconds: float
+    torchrun: subprocess.Popen[bytes],
+    files: RankFiles,
+    workers: int,
+    mark: str,
+    signals: _Signals,
+    stop_seconds: float,
 ) -> None:
     """Until every process of the launch has ended, or has had the time it is given."""
     if signals.first is not None:
@@ -107,6 +115,8 @@ def _wait(
         limit = stop_seconds if signals.first or (torchrun.returncode or 0) < 0 else None
         if files.first_failure() is not None or (torchrun.returncode is not None and limit is None):
             limit = _FAILURE_SECONDS
+        if files.ended() == workers:
+            limit = _TORCHRUN_SECONDS
         if limit is not None:
             end = now + limit if end is None else min(end, now + limit)
         if end is not None and now > end:

@@ -119,6 +119,10 @@ class RankFiles:
                 found.append(state)
         return found
 
+    def ended(self) -> int:
+        """How many ranks have begun and are no more; those of other machines count as no more."""
+        return sum(not Process(state.pid, state.started).is_alive for state in self.states())
+
     def _state_files(self) -> list[Path]:
         return sorted(self.folder.glob("rank-*.json"))
 

@@ -24,6 +24,7 @@ T = TypeVar("T")
 # Machines of one job may start minutes apart.
 _CONNECT_TIMEOUT = timedelta(minutes=30)
 _POLL_SECONDS = 0.2
+_HEARD_SECONDS = 10.0
 _count = itertools.count()
 
 
@@ -61,14 +62,22 @@ def receive() -> str:
     except RuntimeError as error:
         raise MainRankFailed(f"Rank 0 is gone: {str(error).splitlines()[0]}") from None
     if "exit_code" in told:
+        shared.add(f"{key}/heard", 1)
         raise MainRankFailed("Rank 0 failed.", exit_code=int(told["exit_code"]))
     return str(told["value"])
 
 
 def tell_failure(exit_code: int) -> None:
-    """Rank 0's part of `hand_over` when there is nothing to hand over."""
-    if world_size() > 1:
-        _tell({"exit_code": exit_code})
+    """Rank 0's part of `hand_over` when there is nothing to hand over.
+
+    Returns when the others have heard of it: the launcher ends them as soon as rank 0 has left.
+    """
+    if world_size() == 1:
+        return
+    key = _tell({"exit_code": exit_code})
+    deadline = time.monotonic() + _HEARD_SECONDS
+    while store().add(f"{key}/heard", 0) < world_size() - 1 and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
 @functools.cache
@@ -89,8 +98,10 @@ def store() -> Any:
     return shared
 
 
-def _tell(content: dict[str, object]) -> None:
-    store().set(_key(), json.dumps(content))
+def _tell(content: dict[str, object]) -> str:
+    key = _key()
+    store().set(key, json.dumps(content))
+    return key
 
 
 def _key() -> str:

@@ -55,15 +55,11 @@ class Launch:
 
     def own(self, *words: str, program: str = "rank.py", stop_seconds: float = 20) -> None:
         """Under our own launcher."""
-        self.start(
-            sys.executable, PROGRAMS / "parent.py", str(stop_seconds), self.run_dir, PROGRAMS / program, *words
-        )
+        self.start(sys.executable, PROGRAMS / "parent.py", str(stop_seconds), self.run_dir, PROGRAMS / program, *words)
 
     def torchrun(self, *words: str, program: str = "rank.py") -> None:
         RankFiles(self.run_dir).clear()
-        self.start(
-            BIN / "torchrun", "--standalone", "--nproc-per-node=2", PROGRAMS / program, self.run_dir, *words
-        )
+        self.start(BIN / "torchrun", "--standalone", "--nproc-per-node=2", PROGRAMS / program, self.run_dir, *words)
 
     def deepspeed(self, *words: str, program: str = "rank.py") -> None:
         RankFiles(self.run_dir).clear()

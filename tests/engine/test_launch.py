@@ -20,6 +20,7 @@ def test_a_launch_that_works_shows_rank_0_and_nothing_of_the_launcher(launched: 
     assert [state.exit_code for state in launched.states()] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_never_in_the_way(launched: Launch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -55,6 +56,7 @@ def test_a_rank_that_is_killed_is_named_with_the_signal_and_its_last_words(launc
     assert "dpo-train: Rank 1 was killed by signal 9 (SIGKILL).\n  try: " in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", ["0", "1"])
 def test_the_first_failure_is_told_not_the_broken_connection_that_follows(launched: Launch, failing: str) -> None:
     other = "1" if failing == "0" else "0"
@@ -65,6 +67,7 @@ def test_the_first_failure_is_told_not_the_broken_connection_that_follows(launch
     assert "Connection closed" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_new_launch_forgets_how_an_earlier_one_ended(launched: Launch) -> None:
     launched.own("all:bug")
     assert launched.ended().returncode == 1
@@ -85,6 +88,7 @@ def test_a_signal_reaches_every_rank_which_saves_and_the_run_exits_with_75(
     assert f"Stopped by {sent.name}. Step 3 is saved.\n  try:   dpo-train resume=here" in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_the_terminal_comes_once(launched: Launch) -> None:
     launched.own("all:wait")
     launched.wait_for("waiting-0", "waiting-1")
@@ -114,6 +118,7 @@ def test_a_second_ctrl_c_leaves_at_once(launched: Launch) -> None:
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_heed_a_signal_is_killed_after_a_while(launched: Launch) -> None:
     launched.own("0:wait", "1:deaf", stop_seconds=2)
     launched.wait_for("waiting-0", "waiting-1")
@@ -125,6 +130,7 @@ def test_a_rank_that_does_not_heed_a_signal_is_killed_after_a_while(launched: La
     assert 1.5 < time.monotonic() - began < 8
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_itself_stops_the_run_in_the_same_way(launched: Launch) -> None:
     launched.own("all:wait")
     launched.wait_for("waiting-0", "waiting-1")
@@ -133,6 +139,7 @@ def test_a_signal_to_torchrun_itself_stops_the_run_in_the_same_way(launched: Lau
     assert launched.saved() == ["saved-0", "saved-1"]
 
 
+@pytest.mark.slow
 def test_ranks_save_and_end_when_torchrun_is_killed(launched: Launch) -> None:
     launched.own("all:wait")
     launched.wait_for("waiting-0", "waiting-1")
@@ -141,7 +148,7 @@ def test_ranks_save_and_end_when_torchrun_is_killed(launched: Launch) -> None:
     assert launched.saved() == ["saved-0", "saved-1"]
 
 
-@pytest.mark.parametrize("behaviour", ["wait", "deaf"])
+@pytest.mark.parametrize("behaviour", ["wait", pytest.param("deaf", marks=pytest.mark.slow)])
 def test_nothing_is_left_when_dpo_train_itself_is_killed(launched: Launch, behaviour: str) -> None:
     launched.own(f"all:{behaviour}", stop_seconds=3)
     launched.wait_for("waiting-0", "waiting-1")
