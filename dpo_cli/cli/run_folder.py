@@ -24,7 +24,7 @@ CONFIG_FILE = "config.yaml"
 REQUEST_FILE = "overrides.yaml"
 SWEEP_FILE = "sweep.yaml"
 _LOCK_FILE = ".lock"
-_RANKS_LOCK_FILE = ".ranks.lock"
+_RANKS_LOCK_FILE = "ranks/.lock"
 _RANKS_END_SECONDS = 20.0
 _DEFAULT_CONFIG = "config"
 
@@ -123,8 +123,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         # Ranks may outlive the dpo-train that started them by the seconds that saving takes.
-        with _locked(folder / _RANKS_LOCK_FILE, fcntl.LOCK_EX, wait_seconds=_RANKS_END_SECONDS):
-            pass
+        if (folder / _RANKS_LOCK_FILE).exists():
+            with _locked(folder / _RANKS_LOCK_FILE, fcntl.LOCK_EX, wait_seconds=_RANKS_END_SECONDS):
+                pass
         yield
 
 

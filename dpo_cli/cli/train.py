@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.config.secrets import mask_tokens
 from dpo_cli.engine.environment import is_worker
-from dpo_cli.errors import EXIT_BAD_INPUT, ConfigError, DpoError
+from dpo_cli.errors import ConfigError, DpoError
 
 if TYPE_CHECKING:
     from dpo_cli.config.compose.composition import Request
@@ -54,12 +54,20 @@ def exit_code_of(action: Callable[[], None]) -> int:
         sys.stdout = None
         return 0
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            print(report(DpoError(f"{error.strerror}.", where=error.filename)), file=sys.stderr)
-            return EXIT_BAD_INPUT
-        return _report_bug()
+        mendable = as_mendable(error)
+        if mendable is None:
+            return _report_bug()
+        print(report(mendable), file=sys.stderr)
+        return mendable.exit_code
     except Exception:
         return _report_bug()
+
+
+def as_mendable(error: OSError) -> DpoError | None:
+    """A full or forbidden disk is the user's to mend; None for what is our bug."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        return DpoError(f"{error.strerror}.", where=error.filename)
+    return None
 
 
 class Train(Protocol):

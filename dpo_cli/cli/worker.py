@@ -14,14 +14,14 @@ from typing import NoReturn
 
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.cli.run_folder import exclusive, read_saved_run, sharing
-from dpo_cli.cli.train import dispatch, exit_code_of, report
+from dpo_cli.cli.train import as_mendable, dispatch, exit_code_of, report
 from dpo_cli.config.loss_signature import import_path_includes
 from dpo_cli.config.schema import Config
-from dpo_cli.engine.environment import rank, take_local_rank
+from dpo_cli.engine.environment import rank, stop_seconds, take_local_rank
 from dpo_cli.engine.outcome import Failure, RankFiles
 from dpo_cli.engine.rank import run_as_rank
 from dpo_cli.engine.watch import Watch
-from dpo_cli.errors import CheckpointError, ConfigError, DpoError
+from dpo_cli.errors import CheckpointError, ConfigError, DpoError, Interrupted
 from dpo_cli.train.stop import StopRequest
 
 
@@ -39,7 +39,13 @@ def launch_workers(config: Config, *, run_dir: Path) -> None:
     workers = config.hardware.num_workers
     if workers is None:
         workers = 1 if config.hardware.device == "cpu" else max(1, visible_gpus())
-    launch([sys.executable, "-P", "-u", "-m", "dpo_cli.cli.worker", str(run_dir)], workers=workers, run_dir=run_dir)
+    command = [sys.executable, "-P", "-u", "-m", "dpo_cli.cli.worker", str(run_dir)]
+    try:
+        launch(command, workers=workers, run_dir=run_dir, stop_seconds=stop_seconds())
+    except Interrupted as stopped:
+        # A rank that was stopped before it began to train knows nothing of resuming.
+        stopped.hint = stopped.hint or f"dpo-train resume={run_dir}"
+        raise
 
 
 def run_under_launcher(words: list[str]) -> int:
@@ -111,11 +117,15 @@ def _run_other(words: list[str]) -> int:
 
 
 def _run_rank(config: Config, folder: Path, watch: Watch) -> NoReturn:
-    def body() -> None:
+    run_as_rank(lambda: _train(config, folder), run_dir=folder, watch=watch, show=_show)
+
+
+def _train(config: Config, folder: Path) -> None:
+    try:
         with sharing(folder), StopRequest().listening():
             train_as_worker(config, folder)
-
-    run_as_rank(body, run_dir=folder, watch=watch, show=_show)
+    except OSError as error:
+        raise as_mendable(error) or error from None
 
 
 def _parse(words: list[str]) -> Arguments:
@@ -150,11 +160,8 @@ def main() -> NoReturn:
     watch = Watch()
     watch.start()
 
-    def body() -> None:
-        with sharing(folder), StopRequest().listening():
-            train_as_worker(_saved_config(folder), folder)
-
-    run_as_rank(body, run_dir=folder, watch=watch, show=_show)
+    with StopRequest().listening():
+        run_as_rank(lambda: _train(_saved_config(folder), folder), run_dir=folder, watch=watch, show=_show)
 
 
 if __name__ == "__main__":

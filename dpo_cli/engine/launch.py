@@ -113,7 +113,7 @@ def _wait(
             raise KeyboardInterrupt
         # The ranks notice the death of their launcher, and stop as if they had been asked to.
         limit = stop_seconds if signals.first or (torchrun.returncode or 0) < 0 else None
-        if files.first_failure() is not None or (torchrun.returncode is not None and limit is None):
+        if _has_failed(files) or (torchrun.returncode is not None and limit is None):
             limit = _FAILURE_SECONDS
         if files.ended() == workers:
             limit = _TORCHRUN_SECONDS
@@ -122,6 +122,13 @@ def _wait(
         if end is not None and now > end:
             return
         time.sleep(_POLL_SECONDS)
+
+
+def _has_failed(files: RankFiles) -> bool:
+    try:
+        return files.first_failure() is not None
+    except OSError:
+        return bool(files.died())  # the disk takes no record of it
 
 
 def _kill_all(mark: str) -> None:

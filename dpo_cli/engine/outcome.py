@@ -131,12 +131,12 @@ class RankFiles:
         return Failure(**found) if found is not None else None
 
     def claim(self, failure: Failure) -> bool:
-        """Make this the run's failure, unless another one came before it."""
+        """Make this the run's failure, unless another one came before it. Raises OSError where nothing is written."""
         try:
             with (self.folder / "failure.json").open("x", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(failure), indent=2))
-        except OSError:
-            return False  # there is one already, or the disk takes nothing more
+        except FileExistsError:
+            return False
         return True
 
     def first_failure(self) -> Failure | None:

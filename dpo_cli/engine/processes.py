@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from pathlib import Path
@@ -49,6 +50,7 @@ def command_of(pid: int) -> list[str]:
         return []
 
 
+@functools.cache
 def pid_space() -> str:
     """Names the set of processes among which pids can be compared: this boot of this machine, or a container there."""
     try:

@@ -30,12 +30,11 @@ def run_as_rank(body: Callable[[], None], *, run_dir: Path, watch: Watch, show: 
         _print_to(files.log(rank()))
 
     def tell(failure: Failure) -> None:
-        if launched_by() is None:
-            os.dup2(screen, 2)
-            show(failure)
+        os.dup2(screen, 2)
+        show(failure)
 
     files.begin(rank())
-    watch.include_peers(files, rank(), tell)
+    watch.include_peers(files, rank(), tell if launched_by() is None else lambda failure: None)
     code, mine_to_tell = _call(body, files)
     if mine_to_tell is not None:
         tell(mine_to_tell)
@@ -55,19 +54,23 @@ def _call(body: Callable[[], None], files: RankFiles) -> tuple[int, Failure | No
         # What is written now must not be cut off; the watch and the launchers bound how long it takes.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        return _failed(error, traceback.format_exc(), files)
+        mine = Failure.of(rank(), error, traceback=traceback.format_exc())
+        try:
+            code, told = _failed(error, mine, files)
+        except OSError:
+            return mine.exit_code, mine  # a full disk takes no record of itself either
+        return code, told if launched_by() is None else None
     files.end(rank(), 0)
     return 0, None
 
 
-def _failed(error: BaseException, text: str, files: RankFiles) -> tuple[int, Failure | None]:
+def _failed(error: BaseException, mine: Failure, files: RankFiles) -> tuple[int, Failure | None]:
     interrupted = isinstance(error, DpoError) and error.exit_code == EXIT_INTERRUPTED
     alone = world_size() == 1
     if isinstance(error, DpoError):
         before = files.first_failure()
     else:
         before = None if alone else settle(files, seconds=_SETTLE_SECONDS)
-    mine = Failure.of(rank(), error, traceback=text)
     if before is not None:
         files.end(rank(), before.exit_code, message=before.message)
         return before.exit_code, before if files.first_to_tell(before) else None

@@ -6,6 +6,7 @@ minutes. A thread looks at both, twice a second.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -81,8 +82,10 @@ class Watch:
                 message = f"The launcher died, and this rank did not stop in {self._bounded_seconds:g} s."
                 self._end_after(self._bounded_seconds, Failure(-1, EXIT_BUG, message))
                 os.kill(os.getpid(), signal.SIGTERM)
-            if self._peers is not None and (failure := self._peers[0].first_failure()) is not None:
-                self._end_after(PEER_SECONDS, failure)
+            if self._peers is not None:
+                with contextlib.suppress(OSError):  # a network file system hiccups; the next look will do
+                    if (failure := self._peers[0].first_failure()) is not None:
+                        self._end_after(PEER_SECONDS, failure)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end()
             time.sleep(POLL_SECONDS)
