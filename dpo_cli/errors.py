@@ -85,3 +85,11 @@ class Interrupted(DpoError):
     """The run was asked to stop by a signal and saved a checkpoint first."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+class RankFailed(DpoError):
+    """A process of a distributed run failed, with the exit code that its error has in a single process."""
+
+    def __init__(self, message: str, *, exit_code: int = 1, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.exit_code = exit_code

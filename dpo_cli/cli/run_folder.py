@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ CONFIG_FILE = "config.yaml"
 REQUEST_FILE = "overrides.yaml"
 SWEEP_FILE = "sweep.yaml"
 _LOCK_FILE = ".lock"
+_RANKS_LOCK_FILE = "ranks/.lock"
+_RANKS_END_SECONDS = 20.0
 _DEFAULT_CONFIG = "config"
 
 
@@ -119,6 +122,38 @@ def exclusive(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
+        # Ranks may outlive the dpo-train that started them by the seconds that saving takes.
+        if (folder / _RANKS_LOCK_FILE).exists():
+            with _locked(folder / _RANKS_LOCK_FILE, fcntl.LOCK_EX, wait_seconds=_RANKS_END_SECONDS):
+                pass
+        yield
+
+
+@contextmanager
+def sharing(folder: Path) -> Iterator[None]:
+    """Hold the run folder as one of several ranks that train in it."""
+    with _locked(folder / _RANKS_LOCK_FILE, fcntl.LOCK_SH, wait_seconds=_RANKS_END_SECONDS):
+        yield
+
+
+@contextmanager
+def _locked(file: Path, kind: int, *, wait_seconds: float) -> Iterator[None]:
+    deadline = time.monotonic() + wait_seconds
+    with file.open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        "Processes of an earlier start are still at work in this run folder.",
+                        where=str(file.parent),
+                        hint="wait for them to end: they are saving",
+                    ) from None
+                time.sleep(0.1)
+            except OSError:
+                break  # a file system without locks
         yield
 
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.config.secrets import mask_tokens
-from dpo_cli.errors import EXIT_BAD_INPUT, ConfigError, DpoError
+from dpo_cli.engine.environment import is_worker
+from dpo_cli.errors import ConfigError, DpoError
 
 if TYPE_CHECKING:
     from dpo_cli.config.compose.composition import Request
@@ -28,12 +29,22 @@ EXIT_KEYBOARD = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run dpo-train with these arguments, those of the process by default; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if is_worker():
+        from dpo_cli.cli.worker import run_under_launcher
+
+        return run_under_launcher(words)
+    return exit_code_of(lambda: dispatch(parse_arguments(words)))
+
+
+def exit_code_of(action: Callable[[], None]) -> int:
+    """Do something for the user; whatever it raises is told on the screen and becomes an exit code."""
     try:
-        _dispatch(parse_arguments(sys.argv[1:] if argv is None else argv))
+        action()
         sys.stdout.flush()
         return 0
     except DpoError as error:
-        print(_report(error), file=sys.stderr)
+        print(report(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
@@ -43,15 +54,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            print(_report(DpoError(f"{error.strerror}.", where=error.filename)), file=sys.stderr)
-            return EXIT_BAD_INPUT
-        return _report_bug()
+        mendable = as_mendable(error)
+        if mendable is None:
+            return _report_bug()
+        print(report(mendable), file=sys.stderr)
+        return mendable.exit_code
     except Exception:
         return _report_bug()
 
 
-def _dispatch(arguments: Arguments) -> None:
+def as_mendable(error: OSError) -> DpoError | None:
+    """A full or forbidden disk is the user's to mend; None for what is our bug."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        return DpoError(f"{error.strerror}.", where=error.filename)
+    return None
+
+
+class Train(Protocol):
+    def __call__(self, config: Config, *, before: Callable[[], None] | None = None) -> None:
+        """Train in the run's folder, from where it stands; `before` runs once no other process can train there."""
+
+
+def dispatch(arguments: Arguments, *, train: Train | None = None) -> None:
+    """Do what the command line asks for. train: what is done with a checked configuration; trains, if left out."""
+    train = train or _train
     if arguments.help:
         from dpo_cli.cli.help import help_text
 
@@ -59,16 +85,17 @@ def _dispatch(arguments: Arguments) -> None:
     elif arguments.version:
         print(f"dpo-cli {_version()}")
     elif arguments.resume is not None:
-        _resume(arguments)
+        _resume(arguments, train)
     elif arguments.sweep:
         from dpo_cli.cli.sweep import sweep
 
-        sweep(_request(arguments), train=_train)
+        sweep(_request(arguments), train=train)
     else:
-        _start(arguments)
+        _start(arguments, train)
 
 
-def _start(arguments: Arguments) -> None:
+def _start(arguments: Arguments, train: Train) -> None:
+    from dpo_cli.cli.launched import check_launch
     from dpo_cli.cli.run_folder import check_free, create_run_folder, unused_name
     from dpo_cli.config.check import check
     from dpo_cli.config.compose.composition import compose
@@ -100,8 +127,9 @@ def _start(arguments: Arguments) -> None:
         return
     if unnamed:
         config = config.model_copy(update={"run_dir": unused_name(config.run_dir)})
+    check_launch(config.hardware)
     create_run_folder(config, request)
-    _train(config)
+    train(config)
 
 
 def _show(config: Config) -> None:
@@ -117,7 +145,8 @@ def _plan(config: Config) -> None:
     print(plan_text(plan_run(config)))
 
 
-def _resume(arguments: Arguments) -> None:
+def _resume(arguments: Arguments, train: Train) -> None:
+    from dpo_cli.cli.launched import check_launch
     from dpo_cli.cli.run_folder import read_saved_run, save_resumed
     from dpo_cli.config.check import check
     from dpo_cli.config.compose.composition import compose
@@ -156,17 +185,23 @@ def _resume(arguments: Arguments) -> None:
     if config.plan:
         _plan(config)
         return
-    _train(config, before=lambda: save_resumed(folder, config, request))
+    check_launch(config.hardware)
+    train(config, before=lambda: save_resumed(folder, config, request))
 
 
 def _train(config: Config, *, before: Callable[[], None] | None = None) -> None:
-    """Train in the run's folder, from where it stands; `before` runs once no other process can be training there."""
+    """In this process, or in workers that it starts and waits for."""
     from dpo_cli.cli.run_folder import exclusive
 
     folder = Path(config.run_dir)
     with exclusive(folder):
         if before is not None:
             before()
+        if config.hardware.zero_stage is not None:
+            from dpo_cli.cli.worker import launch_workers
+
+            launch_workers(config, run_dir=folder)
+            return
         # Only here, with the configuration checked, is torch imported.
         from dpo_cli.train.run import run_training
 
@@ -182,7 +217,7 @@ def _request(arguments: Arguments) -> Request:
     return Request(arguments.overrides, arguments.config_dir, arguments.config_name or "config")
 
 
-def _report(error: DpoError) -> str:
+def report(error: DpoError) -> str:
     problems = error.problems if isinstance(error, ConfigError) else (error,)
     lines = [str(problem) for problem in problems]
     if len(problems) > 1:

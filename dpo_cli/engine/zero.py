@@ -6,6 +6,7 @@ import importlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
@@ -48,6 +49,8 @@ def import_deepspeed(device: torch.device) -> Any:
             f"DeepSpeed cannot be imported: {error}.", where="hardware", hint='pip install "dpo-cli[deepspeed]"'
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Of functions that DeepSpeed calls, several times a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Its shared-memory reduction for CPUs would be compiled at first use, for a minute and more, under a lock that
     # outlives a killed process, and leaves files in /dev/shm. gloo does the same work.
     backend.build_shm_op = lambda: None

@@ -20,8 +20,8 @@ _CUDA_CONTEXT = round(0.6 * GIB)
 _NCCL = round(0.5 * GIB)
 # Whole gradients are exchanged in buckets of this size.
 _ALL_REDUCE_BYTES = 64 * 2**20
-# DeepSpeed's defaults, in numbers rather than bytes: reduce_bucket_size, stage3_prefetch_bucket_size,
-# stage3_max_live_parameters, sub_group_size. Gradients travel in float32.
+# What DeepSpeed is given or takes by itself, in numbers rather than bytes: reduce_bucket_size,
+# stage3_prefetch_bucket_size, stage3_max_live_parameters, sub_group_size. Gradients travel in float32.
 _REDUCE_BUCKET = 500_000_000
 _PREFETCH_BUCKET = 50_000_000
 _LIVE_PARAMETERS = 1_000_000_000
@@ -139,8 +139,7 @@ def _buckets(layout: Layout, trained: int) -> int:
         return 0
     if layout.zero_stage == 0:
         return min(_ALL_REDUCE_BYTES, 4 * trained)
-    # Allocated whole, however small the model.
-    return 4 * _REDUCE_BUCKET
+    return 4 * min(trained, _REDUCE_BUCKET)
 
 
 def _moments(shape: ModelShape, layout: Layout, row: Row) -> tuple[Moment, ...]:

@@ -16,7 +16,7 @@ from torch import nn
 from dpo_cli.atomic import write_json
 from dpo_cli.batch.order import examples_shown, global_batch
 from dpo_cli.config.schema import Config, LoggerConfig
-from dpo_cli.data.prepare import PreparedData, prepare_data
+from dpo_cli.data.prepare import PreparedData
 from dpo_cli.engine.backend import Backend
 from dpo_cli.engine.interface import whole_shape
 from dpo_cli.engine.ranks import Ranks, SoleRank
@@ -25,11 +25,9 @@ from dpo_cli.forecast.machine import Machine
 from dpo_cli.forecast.plan import plan_or_nothing
 from dpo_cli.forecast.report import summary as forecast_summary
 from dpo_cli.policy.export import final_state
-from dpo_cli.policy.folder import resolve_model_folder
 from dpo_cli.policy.load import LoadedModel, load_model, load_reference
 from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.policy.self_test import packed_self_test
-from dpo_cli.policy.tokenizer import load_tokenizer, read_stop_token_ids
 from dpo_cli.reference.identity import ModelIdentity, model_identity
 from dpo_cli.reference.spot_check import largest_rounding
 from dpo_cli.reference.store import ReferenceStore, open_store
@@ -44,6 +42,7 @@ from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.objective import Objective
 from dpo_cli.train.parts import backend_of, build_loss, loop_settings, optimizer_settings, reference_name, schedule_of
 from dpo_cli.train.reference_pass import ReferencePass, release_memory
+from dpo_cli.train.run_data import prepared_data
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.task_accuracy import TaskAccuracy, prompt_encoder
 from dpo_cli.train.trackers import Trackers
@@ -164,17 +163,7 @@ class _Run:
             self.console.say(forecast_summary(plan))
 
     def _prepare_data(self, objective: Objective) -> PreparedData:
-        model = self.config.model
-        folder = resolve_model_folder(model.path, model.revision, trust_remote_code=model.trust_remote_code)
-        tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
-        data = prepare_data(
-            self.config.data,
-            tokenizer,
-            kind=objective.declaration.kind,
-            stop_token_ids=read_stop_token_ids(folder, tokenizer),
-            seed=self.config.seed,
-            store_dir=self._store_dir,
-        )
+        data = prepared_data(self.config, objective)
         for line in data.report.lines():
             self.console.say(line)
         self._warn_of_large_examples(data)

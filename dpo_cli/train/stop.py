@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +13,8 @@ from dpo_cli.engine.ranks import Ranks
 from dpo_cli.errors import Interrupted
 
 EXIT_SECOND_CTRL_C = 130
+# A launcher passes on to its ranks the Ctrl-C that the terminal may have sent them as well: one key, two signals.
+_SAME_KEY_SECONDS = 1.0
 
 
 class _Stopped(BaseException):
@@ -31,6 +34,8 @@ class StopRequest:
         self.requested: str | None = None
         self.kept = "No step was taken yet, so there was nothing to save."
         self._deferred = False
+        self._raised = False
+        self._requested_at = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -68,14 +73,22 @@ class StopRequest:
             raise Interrupted(f"Stopped by {self.requested}. {saved}")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT and not self._is_echo():
             # A progress display that is cut off leaves the terminal without its cursor.
             _tell("\x1b[?25h" if os.isatty(2) else "")
             os._exit(EXIT_SECOND_CTRL_C)
-        self.requested = signal.Signals(number).name
-        if not self._deferred:
+        repeated = self.requested is not None
+        if not repeated:
+            self.requested, self._requested_at = signal.Signals(number).name, time.monotonic()
+        if not self._deferred and not self._raised:
+            # Once only: launchers repeat themselves, and a second one would cut off what the first has set going.
+            self._raised = True
             raise _Stopped
-        _tell(f"\n{self.requested}: finishing this step and saving; a second Ctrl-C leaves at once.\n")
+        if not repeated:
+            _tell(f"\n{self.requested}: finishing this step and saving; a second Ctrl-C leaves at once.\n")
+
+    def _is_echo(self) -> bool:
+        return "RANK" in os.environ and time.monotonic() - self._requested_at < _SAME_KEY_SECONDS
 
 
 def _tell(text: str) -> None:
