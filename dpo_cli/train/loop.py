@@ -127,10 +127,18 @@ class Training:
         return Progress(
             step=state["step"],
             tokens=state["tokens"],
-            # Summed over ranks already: one of them goes on with it.
-            window=MetricSums.from_state(state["window"] if self.ranks.is_main else {}, self.loss.device),
+            window=self._window(state["windows"]),
             evaluation_due=state["evaluation_due"],
         )
+
+    def _window(self, saved: list[dict[str, tuple[float, float]]]) -> MetricSums:
+        """This rank's share of the metrics; of another number of ranks, the main one goes on with all shares."""
+        if len(saved) == self.ranks.size:
+            return MetricSums.from_state(saved[self.ranks.rank], self.loss.device)
+        window = MetricSums()
+        for state in saved if self.ranks.is_main else ():
+            window.merge(MetricSums.from_state(state, self.loss.device))
+        return window
 
     def _save(self, progress: Progress) -> None:
         self.metrics.sync()
@@ -141,7 +149,7 @@ class Training:
             {
                 "step": progress.step,
                 "tokens": progress.tokens,
-                "window": progress.window.over_ranks(self.ranks).state(),
+                "windows": self.ranks.gather(progress.window.state()),
                 "evaluation_due": progress.evaluation_due,
             },
             needed=self.engine.saved_bytes,
