@@ -77,10 +77,16 @@ class Workplace:
 
     folder: Path
     defaults: list[str] = field(default_factory=list)
+    threads: int = 1
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "OMP_NUM_THREADS": "1", "DPO_STORE_DIR": str(self.folder / "store"), "NO_COLOR": "1"}
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": str(self.threads),
+            "DPO_STORE_DIR": str(self.folder / "store"),
+            "NO_COLOR": "1",
+        }
 
     def train(self, *overrides: str) -> Finished:
         """`dpo-train` with this workplace's model, data and small steps, in this process: imports are paid once."""
