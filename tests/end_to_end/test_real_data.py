@@ -149,7 +149,7 @@ def assert_rendered_as_chat(run: Path) -> None:
 
 
 def test_real_conversations_through_the_real_chat_template(tmp_path: Path, real_data: Path) -> None:
-    """300 conversations are few: a linear model of word counts tells 64% of the held-out pairs apart, give or take 6."""
+    """300 conversations are few: a linear model of word counts tells 64% of held-out pairs apart, give or take 6."""
     text = conversations(tmp_path, real_data).read_text(encoding="utf-8")
     model = random_model(
         tmp_path / "model", small_tokenizer(tmp_path / "tokenizer", real_data, iter(text.splitlines()))
@@ -188,6 +188,6 @@ def test_real_conversations_with_the_real_tokenizer(tmp_path: Path, real_data: P
     assert learnt > 0.8
     assert_rendered_as_chat(tmp_path / "dpo")
     print(
-        f"\nconversations, real tokenizer: dpo held-out loss {first['loss']:.6f} -> {last['loss']:.4f}, reward accuracy "
-        f"{first['rewards/accuracies']:.1%} -> {last['rewards/accuracies']:.1%}, of training pairs {learnt:.1%}"
+        f"\nconversations, real tokenizer: dpo held-out loss {first['loss']:.6f} -> {last['loss']:.4f}, reward "
+        f"accuracy {first['rewards/accuracies']:.1%} -> {last['rewards/accuracies']:.1%}, of training pairs {learnt:.1%}"
     )
