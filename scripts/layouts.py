@@ -112,7 +112,9 @@ def model_of(case: Case) -> PackedModel:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
     if case.lora:
-        add_lora(model, LoraConfig(rank=4, alpha=8.0, target_modules="all-linear"), seed=0, base_name="tiny")
+        add_lora(
+            model, LoraConfig(rank=4, alpha=8.0, target_modules="all-linear", merge=True), seed=0, base_name="tiny"
+        )
     if case.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return PackedModel(model.train())

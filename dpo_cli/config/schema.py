@@ -23,6 +23,7 @@ class LoraConfig(Section):
     rank: Count
     alpha: Positive
     target_modules: Annotated[str | list[str], BeforeValidator(lambda value: _text_or_list(value))]
+    merge: bool
 
 
 class ModelConfig(Section):

@@ -28,19 +28,23 @@ SHARD_SIZE = "5GB"
 
 
 class FinalState(NamedTuple):
-    """What is exported, on the CPU: the whole model with LoRA merged in, and the adapter alone, if there is one."""
+    """What is exported, on the CPU: the whole model with LoRA merged in, or None, and the adapter, if there is one."""
 
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor] | None
     adapter: dict[str, Tensor] | None
 
 
-def final_state(loaded: LoadedModel, gathered: Gathered = whole_already) -> FinalState:
-    """Read the trained weights, one at a time; all ranks of a partitioned model call this together."""
+def final_state(loaded: LoadedModel, gathered: Gathered = whole_already, *, merge: bool = True) -> FinalState:
+    """Read the trained weights, one at a time; all ranks of a partitioned model call this together.
+
+    merge: LoRA into the weights; False leaves the adapter alone.
+    """
     if loaded.lora is None:
         return FinalState(whole_state_dict(loaded.model, gathered), None)
     from dpo_cli.policy.lora import adapter_state_dict, merged_state_dict
 
-    return FinalState(merged_state_dict(loaded.model, gathered), adapter_state_dict(loaded.model, gathered))
+    merged = merged_state_dict(loaded.model, gathered) if merge else None
+    return FinalState(merged, adapter_state_dict(loaded.model, gathered))
 
 
 def export_final(
@@ -54,7 +58,8 @@ def export_final(
     """Write weights, config, tokenizer, generation config and model card to `folder`, which must not exist yet.
 
     notes: further JSON files to lay beside them, by name. state: what `final_state` gave.
-    LoRA is merged, and the adapter alone lies in `folder`/adapter. Weights keep the dtype they were trained in.
+    Where LoRA is merged, the adapter alone lies in `folder`/adapter; else it is all of `folder`'s weights. Weights keep
+    the dtype they were trained in.
     Everything is written under a temporary name, read back and compared, synced, and only then renamed.
     Raises CheckpointError when the folder exists, cannot be written, or does not read back as it was.
     """
@@ -85,15 +90,20 @@ def _write(loaded: LoadedModel, state: FinalState, folder: Path, card: str) -> N
     with quiet_loading():
         # Never model.save_pretrained(folder) alone: with adapters injected it would write their module names.
         # It takes tied weights out of the dictionary it is given.
-        loaded.model.save_pretrained(folder, state_dict=dict(state.weights), max_shard_size=SHARD_SIZE)
+        if state.weights is not None:
+            loaded.model.save_pretrained(folder, state_dict=dict(state.weights), max_shard_size=SHARD_SIZE)
+            _write_config(loaded, folder / "config.json")
         _save_tokenizer(loaded, folder)
-    _write_config(loaded, folder / "config.json")
     if loaded.lora is not None and state.adapter is not None:
-        adapter = folder / ADAPTER_FOLDER
-        adapter.mkdir()
+        adapter = _adapter_folder(state, folder)
+        adapter.mkdir(exist_ok=True)
         loaded.lora.save_pretrained(str(adapter))
         save_file(state.adapter, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _adapter_folder(state: FinalState, folder: Path) -> Path:
+    return folder if state.weights is None else folder / ADAPTER_FOLDER
 
 
 def _save_tokenizer(loaded: LoadedModel, folder: Path) -> None:
@@ -118,6 +128,10 @@ def _write_config(loaded: LoadedModel, file: Path) -> None:
 
 def _verify(loaded: LoadedModel, state: FinalState, folder: Path) -> None:
     """Open the folder as any user would and compare every tensor with the one in memory, bit for bit."""
+    if state.adapter is not None:
+        _verify_adapter(state.adapter, _adapter_folder(state, folder) / "adapter_model.safetensors")
+    if state.weights is None:
+        return
     for file in weight_files(folder):
         check_safetensors_file(file)
     with quiet_loading():

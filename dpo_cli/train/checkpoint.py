@@ -90,6 +90,29 @@ class CheckpointStore:
                 else:
                     path.rename(original)
 
+    def check_room(self, needed: int) -> None:
+        """Raise CheckpointError where not even one checkpoint of so many bytes would fit, before a run has begun.
+
+        Tells where there is room for one and not for all that are to be kept: the save that finds none stops the run.
+        """
+        if not self._ranks.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = _free_bytes(self.folder)
+        # The oldest goes only after the newest was verified.
+        wanted = (self.keep + 1) * needed
+        if needed > free:
+            raise CheckpointError(
+                f"a checkpoint takes {_readable(needed)}, and the disk has {_readable(free)} free.",
+                where=str(self.folder),
+                hint="run_dir= on a larger disk, or free some space",
+            )
+        if wanted > free:
+            self._notify(
+                f"note: {self.keep} checkpoints and one that is being written take {_readable(wanted)}, and the disk "
+                f"has {_readable(free)} free; keep_checkpoints=1 needs the least"
+            )
+
     def save(self, step: int, tensors: Iterable[SavedTensor], state: Mapping[str, Any], *, needed: int = 0) -> Path:
         """Write, verify and publish a checkpoint, then prune older ones. Returns its folder.
 
@@ -113,13 +136,15 @@ class CheckpointStore:
             raise
         return final
 
-    def latest_good(self) -> Checkpoint | None:
-        """The newest checkpoint of which every byte is as it was written; None where there is none."""
-        for step, folder in reversed(self._ranks.broadcast(self._published())):
-            found = problem_with(folder, step, rank=self._ranks.rank, ranks=self._ranks.size)
+    def latest_good(self, *, step: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint, or that of `step`, of which every byte is as it was written; None if there is none."""
+        for number, folder in reversed(self._ranks.broadcast(self._published())):
+            if step not in (None, number):
+                continue
+            found = problem_with(folder, number, rank=self._ranks.rank, ranks=self._ranks.size)
             problem = next((told for told in self._ranks.gather(found) if told is not None), None)
             if problem is None:
-                return Checkpoint(step, folder, json.loads((folder / STATE).read_bytes()))
+                return Checkpoint(number, folder, json.loads((folder / STATE).read_bytes()))
             self._notify(f"checkpoint {folder} is damaged ({problem}); trying the one before it")
         return None
 

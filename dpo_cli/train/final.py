@@ -45,7 +45,14 @@ def write_final(
     before = _read_note(run_dir)
     if before is not None:
         final.rename(run_dir / f"{FINAL}-step-{before['step']:08d}")
-    card = model_card(
+    card = card_of(config, objective, run_dir=run_dir, difference=difference)
+    export_final(policy, final, card=card, state=state, notes={_NOTE: {"step": step, "length": _length(config)}})
+    return final
+
+
+def card_of(config: Config, objective: Objective, *, run_dir: Path, difference: Difference | None) -> str:
+    """What a model of this run is, for its README."""
+    return model_card(
         name=run_dir.absolute().name,
         base=config.model.path,
         reference=reference_name(config) if objective.declaration.needs_reference else "none: this loss needs none",
@@ -58,8 +65,6 @@ def write_final(
         lora=config.model.lora is not None,
         version=dpo_cli.__version__,
     )
-    export_final(policy, final, card=card, state=state, notes={_NOTE: {"step": step, "length": _length(config)}})
-    return final
 
 
 def _length(config: Config) -> dict[str, float | None]:

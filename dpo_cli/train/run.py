@@ -137,12 +137,14 @@ class _Run:
         )
         with training.metrics, training.trackers:
             progress = self._resume(training)
+            training.checkpoints.check_room(engine.saved_bytes)
             if progress.step == 0:
                 self._check_start(training)
             training.run(progress)
         self.stop.kept = f"All {progress.step} steps are saved; the final model is still to be written."
         difference = None if accuracy is None else accuracy.after(policy, engine, self.console)
-        state = final_state(policy, engine.gathered)
+        lora = config.model.lora
+        state = final_state(policy, engine.gathered, merge=lora is None or lora.merge)
         if self.ranks.is_main:
             write_final(
                 policy,

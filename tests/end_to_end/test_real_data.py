@@ -189,5 +189,5 @@ def test_real_conversations_with_the_real_tokenizer(tmp_path: Path, real_data: P
     assert_rendered_as_chat(tmp_path / "dpo")
     print(
         f"\nconversations, real tokenizer: dpo held-out loss {first['loss']:.6f} -> {last['loss']:.4f}, reward "
-        f"accuracy {first['rewards/accuracies']:.1%} -> {last['rewards/accuracies']:.1%}, of training pairs {learnt:.1%}"
+        f"accuracy {first['rewards/accuracies']:.1%} -> {last['rewards/accuracies']:.1%}, of training {learnt:.1%}"
     )

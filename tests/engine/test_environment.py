@@ -15,7 +15,9 @@ from dpo_cli.engine.watch import is_launcher
 
 @pytest.mark.parametrize("words", [["--local_rank=3"], ["--local-rank=3"], ["--local_rank", "3"]])
 def test_deepspeeds_option_moves_into_the_environment(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    # Set first, so that what the call leaves behind is undone.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK")
     assert take_local_rank(["loss=dpo", *words, "--cfg", "job"]) == ["loss=dpo", "--cfg", "job"]
     assert os.environ["LOCAL_RANK"] == "3"
 

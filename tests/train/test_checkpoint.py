@@ -232,6 +232,18 @@ def test_a_full_disk_keeps_the_earlier_checkpoint_and_says_how_much_is_needed(
     assert _is_whole(store) == 1
 
 
+def test_a_disk_too_small_for_a_checkpoint_is_told_before_the_run(tmp_path: Path) -> None:
+    told: list[str] = []
+    store = CheckpointStore(tmp_path / "checkpoints", keep=3, notify=told.append)
+    free = shutil.disk_usage(tmp_path).free
+    store.check_room(1000)
+    assert told == []
+    store.check_room(free // 2)
+    assert "3 checkpoints and one that is being written" in told[0]
+    with pytest.raises(CheckpointError, match=r"a checkpoint takes .* and the disk has .* free"):
+        store.check_room(2 * free)
+
+
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match="cannot be written"):
