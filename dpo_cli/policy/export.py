@@ -155,8 +155,6 @@ def _verify(loaded: LoadedModel, state: FinalState, folder: Path) -> None:
             where=str(folder),
             hint="the disk may be full or failing",
         )
-    if state.adapter is not None:
-        _verify_adapter(state.adapter, folder / ADAPTER_FOLDER / "adapter_model.safetensors")
 
 
 def _verify_adapter(adapter: Mapping[str, Tensor], file: Path) -> None:

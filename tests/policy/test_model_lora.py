@@ -22,7 +22,7 @@ from dpo_cli.policy.lora import merged_state_dict
 from dpo_cli.policy.packed_model import PackedModel
 
 CPU = torch.device("cpu")
-LORA = {"rank": 4, "alpha": 8.0, "target_modules": "all-linear"}
+LORA = {"rank": 4, "alpha": 8.0, "target_modules": "all-linear", "merge": True}
 ROW = pack(examples(responses=2))
 
 

@@ -90,7 +90,7 @@ def test_gradient_checkpointing_with_lora_trains_on_the_gpu(tmp_path: Path) -> N
         save(tmp_path),
         dtype="bfloat16",
         gradient_checkpointing=True,
-        lora={"rank": 4, "alpha": 8.0, "target_modules": "all-linear"},
+        lora={"rank": 4, "alpha": 8.0, "target_modules": "all-linear", "merge": True},
     )
     loaded = load_model(chosen, device=torch.device("cuda"), seed=0)
     PackedModel(loaded.model)(pack(ROWS)).logps.sum().backward()
