@@ -28,7 +28,7 @@ from dpo_cli.engine.interface import (
 from dpo_cli.engine.ranks import Ranks
 from dpo_cli.engine.replicated import check_names, checked_shape
 from dpo_cli.engine.zero_config import ZeroSettings, deepspeed_config
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import CheckpointError, ConfigError
 
 # Where each of DeepSpeed's optimisers keeps its flat float32 masters: stages 1 and 2, stage 3, and stage 1 in bf16.
 _FLAT_MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
@@ -98,7 +98,9 @@ class ZeroEngine:
             dist_init_required=False,
         )
         self._zero: Any = self.model.optimizer
-        self._make_states()
+        self._on_nvme = zero.offload_optimizer == "nvme"
+        if not self._on_nvme:
+            self._make_states()
 
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss * self._ranks.size, scale_wrt_gas=False)
@@ -146,6 +148,13 @@ class ZeroEngine:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         check_names(weights, self._parameters)
+        if self._on_nvme:
+            # DeepSpeed makes those states in the first step, and there is nothing to fill before.
+            raise CheckpointError(
+                "A run whose optimiser states lie on NVMe cannot go on from a checkpoint.",
+                where="hardware.offload_optimizer",
+                hint="hardware.offload_optimizer=cpu",
+            )
         steps = [path for path in optimizer if path.rsplit("/", 1)[1] == "step"]
         for state in self._states().values():
             state["step"].fill_(optimizer[steps[0]] if steps else 0)

@@ -82,7 +82,7 @@ def merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]
 def _offload(name: str, place: Place, nvme_path: str | None) -> dict[str, Any]:
     if place == "none":
         return {}
-    section: dict[str, Any] = {"device": place, "pin_memory": False}
+    section: dict[str, Any] = {"device": place, "pin_memory": torch.cuda.is_available()}
     if place == "nvme":
         section["nvme_path"] = nvme_path
     return {name: section}

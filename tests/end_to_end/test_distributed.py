@@ -19,6 +19,7 @@ import torch
 from dpo_cli.engine.processes import command_of, with_environment
 
 from .conftest import DPO_TRAIN, Workplace, assert_same_weights
+from .test_launched import under
 from .test_resume import run_until
 
 pytestmark = pytest.mark.timeout(900)
@@ -130,6 +131,16 @@ def test_any_layout_goes_on_where_any_other_stopped(workplace: Workplace, first:
     assert code == 0, output
     assert "resumed after step 8" in output
     assert_close_runs(workplace, "one", "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_ranks_that_another_launcher_has_started_train_the_same(workplace: Workplace, launcher: str) -> None:
+    assert workplace.train("run_dir=one", "store_dir=store_one").returncode == 0
+    done = under(workplace, launcher, *workplace.defaults, "hardware=deepspeed_zero3", "run_dir=two", timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks" in done.stdout
+    assert_close_runs(workplace, "one", "two")
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ ONE_WORKER = ["hardware=deepspeed_zero3", "hardware.device=cpu", "hardware.num_w
 BIN = Path(sys.executable).parent
 
 
-def under(workplace: Workplace, launcher: str, *words: str) -> Finished:
+def under(workplace: Workplace, launcher: str, *words: str, timeout: float = 60) -> Finished:
     """`dpo-train` as two ranks of a launcher."""
     commands = {
         "torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node=2", "-m", "dpo_cli"],
@@ -25,7 +25,7 @@ def under(workplace: Workplace, launcher: str, *words: str) -> Finished:
     }
     done = subprocess.run(
         [*commands[launcher], *words], cwd=workplace.folder, env={**workplace.environment, "DS_ACCELERATOR": "cpu"},
-        timeout=60, capture_output=True, text=True, check=False,
+        timeout=timeout, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return Finished(done.returncode, done.stdout, done.stderr)
 
