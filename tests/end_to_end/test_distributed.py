@@ -237,7 +237,7 @@ def test_a_rank_that_dies_in_any_phase_of_a_save_loses_nothing(workplace: Workpl
     phases += [(0, phase) for phase in ("_begin", "_finish", "_write_synced", "_publish", "_prune", "_remove")]
     for number, (rank, phase) in enumerate(phases):
         run = f"killed-{number}"
-        environment = {"FAULT": f"{rank}:{phase}:{number % 2 + 1}", "PYTHONPATH": str(FAULTS)}
+        environment = {"FAULT": f"{rank}:{phase}:{number % 2}", "PYTHONPATH": str(FAULTS)}
         code, output = finish(workplace, *workplace.defaults, *ZERO, *long, f"run_dir={run}", **environment)
         assert code != 0, f"rank {rank} was to die in {phase}: {output}"
         assert "signal 9" in output or "SIGKILL" in output, output
