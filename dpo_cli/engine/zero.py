@@ -145,8 +145,6 @@ class ZeroEngine:
                 yield SavedTensor(OPTIMIZER, f"{name}/step", self._steps_taken())
 
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         check_names(weights, self._parameters)
         if self._on_nvme:
             # DeepSpeed makes those states in the first step, and there is nothing to fill before.
@@ -160,12 +158,32 @@ class ZeroEngine:
             state["step"].fill_(optimizer[steps[0]] if steps else 0)
         for name, parameter in self._parameters.items():
             weight = checked_shape(name, weights[name], whole_shape(parameter)).to(self.model.device)
-            safe_set_full_fp32_param(parameter, weight)
+            self._set(parameter, weight)
             # The copy that computes is another than the float32 master.
             with self._gathered([parameter], for_writing=True), torch.no_grad():
                 parameter.copy_(weight)
             for key in state_names(self._settings) if optimizer else ():
-                safe_set_full_optimizer_state(parameter, optimizer[f"{name}/{key}"].to(self.model.device), key)
+                self._set(parameter, optimizer[f"{name}/{key}"].to(self.model.device), key)
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+        """Set the float32 master of a parameter, or a state of its optimiser, from the whole tensor."""
+        from deepspeed import utils
+
+        if self._stage == 3:
+            # DeepSpeed's own function for whole tensors knows no padding: it fails where ranks do not divide the size.
+            share: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            flat = value.reshape(-1)
+            mine = torch.zeros(share, dtype=flat.dtype, device=flat.device)
+            part = flat[self._ranks.rank * share : (self._ranks.rank + 1) * share]
+            mine[: len(part)] = part
+            if key is None:
+                utils.safe_set_local_fp32_param(parameter, mine)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, mine, key)
+        elif key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
 
     def close(self) -> None:
         self.model.destroy()

@@ -76,6 +76,9 @@ class Training:
         settings = self.settings
         if progress.evaluation_due:
             self._evaluate(progress)
+        if progress.evaluation_due:
+            # Cut short by a request to stop; the steps so far are saved, and evaluating them comes first again.
+            self.stop.check(self.stop.kept)
         clock = _Clock()
         with self.stop.deferred(), self.console.progress("training", settings.total_steps, progress.step):
             while progress.step < settings.total_steps:
@@ -113,6 +116,8 @@ class Training:
                     progress.evaluation_due = True
                     self._evaluate(progress)
                     clock = _Clock()
+                    # Still due where a stop was requested meanwhile: no step may come before it is made up for.
+                    stopping = stopping or progress.evaluation_due
                 if last or _due(progress.step, settings.save_every) or stopping:
                     self._save(progress)
                     clock = _Clock()

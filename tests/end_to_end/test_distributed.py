@@ -252,9 +252,9 @@ def test_a_full_disk_of_one_rank_ends_the_save_on_all_with_the_last_checkpoint_i
     workplace: Workplace, small_disk: Path
 ) -> None:
     """The disk fills when the second checkpoint is written."""
-    words = ["max_steps=12", "save_every=4", "eval_every=0", f"run_dir={small_disk / 'run'}"]
+    words = ["max_steps=60", "save_every=4", "eval_every=0", f"run_dir={small_disk / 'run'}"]
     process, mark = start(workplace, *workplace.defaults, *ZERO, *words)
-    run_until(process, "train step 4/")
+    run_until(process, "train step 6/")
     filler = small_disk / "filler"
     with filler.open("wb") as file:
         free = os.statvfs(small_disk)
