@@ -6,7 +6,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -64,17 +64,19 @@ class Partitioned:
     def reading(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         if self._zero.stage < 3:
             return nullcontext()
-        return partitioned_loading(deepspeed_config(self._zero, dtype=dtype, max_grad_norm=None, ranks=self.ranks.size))
+        return partitioned_loading(self._config(dtype))
 
     def scoring(self, packed: nn.Module, dtype: torch.dtype) -> AbstractContextManager[nn.Module]:
         if self._zero.stage < 3:
             return nullcontext(packed)
-        return partitioned_scoring(
-            packed, deepspeed_config(self._zero, dtype=dtype, max_grad_norm=None, ranks=self.ranks.size)
-        )
+        return partitioned_scoring(packed, self._config(dtype))
 
     def training(self, packed: nn.Module, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> Engine:
-        return ZeroEngine(packed, model, settings, zero=self._zero, dtype=dtype, ranks=self.ranks)
+        return ZeroEngine(packed, model, settings, zero=self._zero, dtype=dtype, device=self.device, ranks=self.ranks)
+
+    def _config(self, dtype: torch.dtype) -> dict[str, Any]:
+        """For forward passes alone."""
+        return deepspeed_config(self._zero, dtype=dtype, device=self.device, max_grad_norm=None, ranks=self.ranks.size)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from dpo_cli.errors import CheckpointError
+
 WEIGHTS, OPTIMIZER = "policy", "optimizer"
 
 
@@ -138,3 +140,21 @@ def saved_bytes(parameters: Mapping[str, Tensor], settings: OptimizerSettings) -
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """A parameter's shape, also where this rank holds only a part of it."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def check_names(weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless a checkpoint's weights are exactly those of the parameters in training."""
+    differing = sorted(set(weights) ^ set(parameters))
+    if differing:
+        raise CheckpointError(
+            f"The checkpoint's weights are not this model's: {len(differing)} names differ, first {differing[0]}."
+        )
+
+
+def checked_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != tuple(shape):
+        raise CheckpointError(
+            f"The checkpoint's weights are not this model's: {name} is {tuple(tensor.shape)} there and "
+            f"{tuple(shape)} here."
+        )
+    return tensor

@@ -38,7 +38,6 @@ def run_as_rank(body: Callable[[], None], *, run_dir: Path, watch: Watch, show: 
     code, mine_to_tell = _call(body, files)
     if mine_to_tell is not None:
         tell(mine_to_tell)
-    _remove_shared_memory()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
@@ -90,9 +89,3 @@ def _print_to(log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
-
-
-def _remove_shared_memory() -> None:
-    """What DeepSpeed's all-reduce on the CPU leaves behind, 35 MB a rank."""
-    name = f"{os.getuid()}_{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}_{rank()}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{name}").unlink(missing_ok=True)

@@ -15,11 +15,12 @@ from dpo_cli.engine.interface import (
     OptimizerSettings,
     SavedTensor,
     StepResult,
+    check_names,
+    checked_shape,
     optimizer_for,
     saved_bytes,
 )
 from dpo_cli.engine.ranks import Ranks, SoleRank
-from dpo_cli.errors import CheckpointError
 
 # Gradients are exchanged in pieces of about this size: large enough for the network, small enough beside the model.
 _BUCKET_BYTES = 64 * 2**20
@@ -147,24 +148,6 @@ class ReplicatedEngine:
             parameter = self._parameters[name]
             if parameter is not master:
                 parameter.copy_(master)
-
-
-def check_names(weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless a checkpoint's weights are exactly those of the parameters in training."""
-    differing = sorted(set(weights) ^ set(parameters))
-    if differing:
-        raise CheckpointError(
-            f"The checkpoint's weights are not this model's: {len(differing)} names differ, first {differing[0]}."
-        )
-
-
-def checked_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(tensor.shape) != tuple(shape):
-        raise CheckpointError(
-            f"The checkpoint's weights are not this model's: {name} is {tuple(tensor.shape)} there and "
-            f"{tuple(shape)} here."
-        )
-    return tensor
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -20,13 +20,14 @@ from dpo_cli.engine.interface import (
     OptimizerSettings,
     SavedTensor,
     StepResult,
+    check_names,
+    checked_shape,
     optimizer_for,
     saved_bytes,
     state_names,
     whole_shape,
 )
 from dpo_cli.engine.ranks import Ranks
-from dpo_cli.engine.replicated import check_names, checked_shape
 from dpo_cli.engine.zero_config import ZeroSettings, deepspeed_config
 from dpo_cli.errors import CheckpointError, ConfigError
 
@@ -72,10 +73,10 @@ class ZeroEngine:
         *,
         zero: ZeroSettings,
         dtype: torch.dtype,
+        device: torch.device,
         ranks: Ranks,
     ) -> None:
         """packed: called for every forward pass; model: the part of it whose parameters are trained and saved."""
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         deepspeed = import_deepspeed(device)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._everything = list(model.parameters())
@@ -91,6 +92,7 @@ class ZeroEngine:
             config=deepspeed_config(
                 zero,
                 dtype=dtype,
+                device=device,
                 max_grad_norm=settings.max_grad_norm,
                 ranks=ranks.size,
                 trained=sum(math.prod(whole_shape(p)) for p in self._parameters.values()),
@@ -107,7 +109,7 @@ class ZeroEngine:
 
     def step(self, learning_rate: float, loss: Tensor) -> StepResult:
         total = float(self._ranks.sum(loss.detach().double()))
-        if not StepResult(total, 0.0).sound:
+        if not math.isfinite(total):
             self.forget_gradient()
             return StepResult(total, float("nan"))
         for group in self._zero.param_groups:
@@ -122,8 +124,6 @@ class ZeroEngine:
 
     def forget_gradient(self) -> None:
         self._zero.zero_grad(set_to_none=True)
-        if hasattr(self._zero, "averaged_gradients"):
-            self._zero.averaged_gradients = {} if self._stage == 3 else self._zero.averaged_gradients
 
     @property
     def saved_bytes(self) -> int:

@@ -30,7 +30,13 @@ class ZeroSettings:
 
 
 def deepspeed_config(
-    zero: ZeroSettings, *, dtype: torch.dtype, max_grad_norm: float | None, ranks: int, trained: int | None = None
+    zero: ZeroSettings,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_grad_norm: float | None,
+    ranks: int,
+    trained: int | None = None,
 ) -> dict[str, Any]:
     """The dictionary that deepspeed.initialize takes.
 
@@ -42,10 +48,10 @@ def deepspeed_config(
         "stage": zero.stage,
         # The memory-efficient linear layer rounds otherwise than torch's own: log-probs would differ between layouts.
         "memory_efficient_linear": False,
-        **_offload("offload_optimizer", zero.offload_optimizer, zero.nvme_path),
+        **_offload("offload_optimizer", zero.offload_optimizer, zero.nvme_path, device),
     }
     if zero.stage == 3:
-        sections |= _offload("offload_param", zero.offload_parameters, zero.nvme_path)
+        sections |= _offload("offload_param", zero.offload_parameters, zero.nvme_path, device)
     if trained is not None:
         sections["reduce_bucket_size"] = min(trained, _BUCKET_ELEMENTS)
     ours: dict[str, Any] = {
@@ -74,15 +80,16 @@ def merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]
     result = dict(ours)
     for name, value in theirs.items():
         mine = result.get(name)
-        both = isinstance(mine, Mapping) and isinstance(value, Mapping)
-        result[name] = merged(mine, value) if both else value  # type: ignore[arg-type]
+        if isinstance(mine, Mapping) and isinstance(value, Mapping):
+            value = merged(mine, value)
+        result[name] = value
     return result
 
 
-def _offload(name: str, place: Place, nvme_path: str | None) -> dict[str, Any]:
+def _offload(name: str, place: Place, nvme_path: str | None, device: torch.device) -> dict[str, Any]:
     if place == "none":
         return {}
-    section: dict[str, Any] = {"device": place, "pin_memory": torch.cuda.is_available()}
+    section: dict[str, Any] = {"device": place, "pin_memory": device.type == "cuda"}
     if place == "nvme":
         section["nvme_path"] = nvme_path
     return {name: section}

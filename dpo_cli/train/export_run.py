@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dpo_cli.config.schema import Config
-from dpo_cli.engine.interface import WEIGHTS
+from dpo_cli.engine.interface import WEIGHTS, check_names, checked_shape
 from dpo_cli.errors import CheckpointError
 from dpo_cli.policy.export import export_final, final_state
 from dpo_cli.policy.load import load_model
@@ -44,13 +44,10 @@ def export_run(
     policy = load_model(config.model, device=torch.device("cpu"), seed=config.seed)
     saved = checkpoints.load(checkpoint)[WEIGHTS]
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    if trained.keys() != saved.keys():
-        raise CheckpointError(
-            "The checkpoint is of another model than model.path names now.", where=str(checkpoint.folder)
-        )
+    check_names(saved, trained)
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(checked_shape(name, saved[name], parameter.shape))
     lora = config.model.lora
     state = final_state(policy, merge=lora is None or (lora.merge if merge is None else merge))
     target = folder or run_dir / f"export-step-{checkpoint.step:08d}"
