@@ -25,7 +25,8 @@ from transformers import Qwen2Tokenizer as Tokenizer
 
 from dpo_cli.data.arithmetic import Problem, Split, problems
 from dpo_cli.rollout.exact_match import extract_answer
-from dpo_cli.rollout.generate import sample
+from dpo_cli.rollout.generate import Sampling, generate
+from dpo_cli.rollout.noise import stream
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMONSTRATIONS = 1500
@@ -145,13 +146,12 @@ def make_pairs(base: Path, split: Split, *, count: int, seed: int) -> list[dict[
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
     posed = problems(split, seed=seed, count=count)
-    answered = sample(
+    answered = generate(
         model,
         [np.array(tokenizer(problem.prompt).input_ids, dtype=np.int32) for problem in posed],
+        Sampling(MAX_NEW_TOKENS),
         samples_per_prompt=SAMPLES_PER_PROBLEM,
-        temperature=1.0,
-        seed=seed,
-        max_new_tokens=MAX_NEW_TOKENS,
+        streams=[stream(seed, number) for number in range(len(posed))],
         stop_token_ids={tokenizer.eos_token_id},
         pad_id=tokenizer.pad_token_id,
     )

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dpo_cli
 from dpo_cli.data.arithmetic import problems, split_of
 from dpo_cli.rollout.exact_match import exact_match, extract_answer, load_problems, paired_difference
-from dpo_cli.rollout.generate import sample
+from dpo_cli.rollout.generate import Sampling, generate
+from dpo_cli.rollout.noise import stream
 
 EXAMPLE = Path(dpo_cli.__file__).parent / "example"
 # The seed and the number of samples that scripts/make_example.py makes the shipped files with.
@@ -69,9 +70,9 @@ def test_the_test_problems_are_the_generators_first_2000():
 
 def test_both_sides_of_the_pairs_are_answers_that_the_base_model_gives_when_sampled(base, tokenizer):
     posed = problems("preferences", seed=SEED, count=300)
-    answered = sample(
-        base, [np.array(tokenizer(problem.prompt).input_ids, dtype=np.int32) for problem in posed],
-        samples_per_prompt=SAMPLES_PER_PROBLEM, temperature=1.0, seed=SEED, max_new_tokens=48,
+    answered = generate(
+        base, [np.array(tokenizer(problem.prompt).input_ids, dtype=np.int32) for problem in posed], Sampling(48),
+        samples_per_prompt=SAMPLES_PER_PROBLEM, streams=[stream(SEED, number) for number in range(len(posed))],
         stop_token_ids={tokenizer.eos_token_id}, pad_id=tokenizer.pad_token_id,
     )  # fmt: skip
     said = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +19,8 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "label_smoothing": (lambda value: 0 <= value < 0.5, "at least 0 and less than 0.5"),
     "nll_alpha": (lambda value: value >= 0, "at least 0"),
     "gamma": (lambda value: value >= 0, "at least 0"),
+    "gamma_warmup_steps": (lambda value: value >= 0, "at least 0"),
+    "advantage_clip": (lambda value: value > 0, "greater than 0"),
     "desirable_weight": (lambda value: value > 0, "greater than 0"),
     "undesirable_weight": (lambda value: value > 0, "greater than 0"),
 }
@@ -76,6 +80,8 @@ def _fault(target: str, name: str, value: Any, signature: LossSignature) -> str 
     if value == "???":
         return None  # reported with all other missing values
     annotation = next(p.annotation for p in signature.parameters if p.name == name)
+    if allowed := _literals(annotation):
+        return None if value in allowed else f"one of {', '.join(allowed)}"
     fits, wanted = _TYPES.get(annotation or "", (lambda _: True, ""))
     if not fits(value):
         return wanted
@@ -87,6 +93,12 @@ def _fault(target: str, name: str, value: Any, signature: LossSignature) -> str 
         if not in_range(value) or value == float("inf"):
             return wanted if value != float("inf") else "finite"
     return None
+
+
+def _literals(annotation: str | None) -> list[str]:
+    """The choices of an annotation such as Literal["a", "b"]; none of any other."""
+    found = re.fullmatch(r"(?:\w+\.)?Literal\[(.*)\]", annotation or "")
+    return [str(choice) for choice in ast.literal_eval(f"[{found[1]}]")] if found else []
 
 
 def _hint(name: str, known: list[str]) -> str:

@@ -60,6 +60,8 @@ class DataConfig(Section):
     train: Sources
     eval: Sources | None
     eval_fraction: Share
+    generator: Sources | None
+    generator_fraction: Share
     split: Name
     eval_split: Name | None
     subset: Name | None
@@ -73,6 +75,27 @@ class DataConfig(Section):
     ranked_pairs: Literal["best_worst", "all"]
     workers: Count | None
     exact_match: Annotated[ExactMatchConfig | None, BeforeValidator(lambda value: _off_without(value, "problems"))]
+
+
+class SamplingConfig(Section):
+    """How responses are drawn from a model. temperature 0 takes the most probable token, always."""
+
+    samples_per_prompt: Count
+    temperature: NotNegative
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: CountOrNever
+    max_new_tokens: Count
+
+
+class RolloutConfig(SamplingConfig):
+    """How a policy in training is its own generator."""
+
+    temperature: Positive
+    prompts_per_step: Count
+    refresh_every: Count
+    keep_cut: bool
+    batch_tokens: Count
+    shown_per_step: CountOrNever
 
 
 class LossConfig(BaseModel):
@@ -175,6 +198,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     loss: LossConfig
+    rollout: RolloutConfig
     optimizer: OptimizerConfig
     hardware: HardwareConfig
     logger: LoggerConfig

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor
 
@@ -82,7 +82,24 @@ class DemonstrationLogps:
     statistics: Statistics = field(default_factory=dict)
 
 
-LossInput = PairLogps | RankedLogps | UnpairedLogps | DemonstrationLogps
+@dataclass(frozen=True)
+class SampleLogps:
+    """Responses drawn from the policy, each beside its prompt's ground truth. Tensors are (samples,).
+
+    truth_policy, truth_reference: of the ground truth. prompt: int64, which prompt a sample answers, counted from 0.
+    step: of the training, counted from 0.
+    """
+
+    policy: Tensor
+    reference: Tensor | None
+    tokens: Tensor
+    truth_policy: Tensor
+    truth_reference: Tensor | None
+    prompt: Tensor
+    step: int
+
+
+LossInput = PairLogps | RankedLogps | UnpairedLogps | DemonstrationLogps | SampleLogps
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,8 @@ class Declaration:
     needs_reference: reference log-probs are scored (or read) before training.
     couples_batch: a value depends on other examples of the global batch, so the loss must see all of it at once.
     statistics: what else the output head must tell of the policy; the loss finds it in its input's `statistics`.
+    on_policy: the loss is also given SampleLogps, responses that the policy has just drawn, and its values for them,
+        divided by their number, are added.
     """
 
     takes: type
@@ -117,6 +136,7 @@ class Declaration:
     needs_reference: bool = True
     couples_batch: bool = False
     statistics: frozenset[Statistic] = frozenset()
+    on_policy: bool = False
 
     @property
     def kind(self) -> ExampleKind:
@@ -139,8 +159,12 @@ def declare(
     needs_reference: bool = True,
     couples_batch: bool = False,
     statistics: Collection[Statistic] = (),
+    on_policy: bool = False,
 ) -> Callable[[LossFunction], LossFunction]:
-    """Attach a Declaration to a loss; the input type is read from the annotation of its first parameter."""
+    """Attach a Declaration to a loss; the input type is read from the annotation of its first parameter.
+
+    That of an on-policy loss is `PairLogps | SampleLogps`, or another kind in the first place.
+    """
 
     def attach(function: LossFunction) -> LossFunction:
         function.declaration = Declaration(  # type: ignore[attr-defined]
@@ -149,6 +173,7 @@ def declare(
             needs_reference=needs_reference,
             couples_batch=couples_batch,
             statistics=frozenset(statistics),
+            on_policy=on_policy,
         )
         return function
 
@@ -159,7 +184,8 @@ def declaration_of(function: Callable[..., Any]) -> Declaration:
     """The loss's own declaration; an undeclared function counts as an ordinary loss with a reference.
 
     function: the loss, or a functools.partial of it that holds its parameters, as Hydra's `_partial_` makes it.
-    A loss whose `reference_free` parameter is set needs no reference, whatever it declares.
+    A loss whose `reference_free` parameter is set needs no reference, and one whose `gamma` is 0 no samples, whatever
+    it declares.
     """
     bare = function
     while isinstance(bare, functools.partial):
@@ -167,9 +193,11 @@ def declaration_of(function: Callable[..., Any]) -> Declaration:
     declared: Declaration | None = getattr(bare, "declaration", None)
     declaration = declared if declared is not None else Declaration(takes=_input_type(bare))
     # The signature of a partial shows the parameters it holds as defaults.
-    parameter = inspect.signature(function).parameters.get("reference_free")
-    if parameter is not None and parameter.default not in (inspect.Parameter.empty, False, None):
+    given = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    if given.get("reference_free", inspect.Parameter.empty) not in (inspect.Parameter.empty, False, None):
         declaration = replace(declaration, needs_reference=False)
+    if declaration.on_policy and given.get("gamma") == 0:
+        declaration = replace(declaration, on_policy=False)
     return declaration
 
 
@@ -180,12 +208,12 @@ def _input_type(function: Callable[..., Any]) -> type:
         signature = inspect.signature(function)
     first = next(iter(signature.parameters.values()), None)
     annotation = None if first is None else first.annotation
-    for input_type in _KINDS:
-        # A string that could not be evaluated still says the name: "PairLogps" or "types.PairLogps".
-        if annotation is input_type or (
-            isinstance(annotation, str) and annotation.rpartition(".")[2] == input_type.__name__
-        ):
-            return input_type
+    # A string that could not be evaluated still says the name: "PairLogps" or "types.PairLogps".
+    union = [part.strip() for part in annotation.split("|")] if isinstance(annotation, str) else get_args(annotation)
+    for kind in union or (annotation,):
+        for input_type in _KINDS:
+            if kind is input_type or (isinstance(kind, str) and kind.rpartition(".")[2] == input_type.__name__):
+                return input_type
     return PairLogps
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cli.errors import DataError
-from dpo_cli.rollout.generate import BATCH_TOKENS, generate_greedy
+from dpo_cli.rollout.generate import BATCH_TOKENS, Sampling, generate
 
 # GSM8K's convention: the final answer follows four hashes; thousands may carry commas.
 _ANSWER = re.compile(r"\s*\$?\s*(-?)\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
@@ -131,15 +131,15 @@ def exact_match(
     """
     encode = encode or (lambda prompt: tokenizer(prompt).input_ids)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stop_token_ids)
-    responses = generate_greedy(
+    responses = generate(
         model,
         [np.asarray(encode(problem.prompt), dtype=np.int32) for problem in problems],
-        max_new_tokens=max_new_tokens,
+        Sampling(max_new_tokens, temperature=0),
         stop_token_ids=stop_token_ids,
         pad_id=padding,
         batch_tokens=batch_tokens,
     )
-    texts = tokenizer.batch_decode([response.tolist() for response in responses], skip_special_tokens=True)
+    texts = tokenizer.batch_decode([response.tolist() for (response,) in responses], skip_special_tokens=True)
     return np.array([extract_answer(text) == problem.answer for text, problem in zip(texts, problems, strict=True)])
 
 

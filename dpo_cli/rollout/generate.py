@@ -1,132 +1,201 @@
-"""Responses of a model to prompts: batched greedy decoding, and sampling that a seed makes repeatable.
+"""Responses of a model to prompts, greedy or sampled, many at a time with a key-value cache.
 
-Both go through transformers' `generate` with a key-value cache and left padding, and with the model's own generation
-config set aside: a forgotten repetition penalty or a top-k in it would silently decide what is measured.
+A prompt is read once however many samples of it are drawn, and a response that has ended leaves the batch. Nothing is
+taken from the model's own generation config: a forgotten repetition penalty or a top-k in it would silently decide
+what is measured or learnt.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from dpo_cli.rollout.noise import mix, uniform
 
 IntArray = NDArray[np.int32]
 
 # Prompt and response tokens in one batch: enough rows for a small model to run at full speed, and a cache of one or
 # two gigabytes for a model of seven billion parameters.
 BATCH_TOKENS = 32_768
+# Ended responses are looked for every so many tokens on a GPU, where looking means waiting for it, ...
+_TOKENS_BETWEEN_LOOKS = 8
+# ... and dropped from the batch when they are at least this share of it: dropping copies the cache of the others.
+_ENDED_SHARE = 0.25
 
 
-def generate_greedy(
-    model: PreTrainedModel,
-    prompts: Sequence[IntArray],
-    *,
-    max_new_tokens: int,
-    stop_token_ids: Collection[int],
-    pad_id: int,
-    batch_tokens: int = BATCH_TOKENS,
-) -> list[IntArray]:
-    """The most probable continuation, token by token, of every prompt, in the order given.
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. temperature 0: the most probable one, always.
 
-    prompts: token ids, each (tokens,), at least one.
-    stop_token_ids: a response ends with the first of these, which is kept.
-    batch_tokens: rows x (longest prompt + max_new_tokens) that go through the model together.
+    top_p: only the most probable tokens that together reach this probability. top_k: only so many; 0 for all.
+    Equally probable tokens at either edge are kept or dropped together.
     """
-    with _generating(model):
-        return _in_batches(
-            model, prompts, None, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, pad_id=pad_id,
-            batch_tokens=batch_tokens,
-        )  # fmt: skip
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def is_the_models_own(self) -> bool:
+        """Whether samples come from the model's distribution itself."""
+        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
 
-def sample(
+def generate(
     model: PreTrainedModel,
     prompts: Sequence[IntArray],
+    sampling: Sampling,
     *,
-    samples_per_prompt: int,
-    temperature: float,
-    seed: int,
-    max_new_tokens: int,
+    samples_per_prompt: int = 1,
+    streams: Sequence[int] | None = None,
     stop_token_ids: Collection[int],
     pad_id: int,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[list[IntArray]]:
-    """`samples_per_prompt` independent draws from the model's own distribution at a temperature > 0.
+    """For every prompt, in the order given, its responses as token ids.
 
-    A draw is a function of (seed, place of the prompt, number of the sample) and the model alone: it depends on the
-    batch it falls into only as far as the logits do in their last bits.
-    Responses end as in `generate_greedy`.
+    prompts: each (tokens,), at least one.
+    streams: for each prompt the key of its random numbers; needed unless `sampling` is greedy. A response is a
+        function of that key, the number of the sample and the model alone: it depends on the batch it falls into only
+        as far as the logits do in their last bits.
+    stop_token_ids: a response ends with the first of these, which is kept; one that ends with another token was cut.
+    batch_tokens: responses x (longest prompt + max_new_tokens) that go through the model together.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}; generate_greedy is its limit.")
-    repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-    with _generating(model):
-        flat = _in_batches(
-            model, repeated, _Noise(seed, temperature), max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids,
-            pad_id=pad_id, batch_tokens=batch_tokens,
-        )  # fmt: skip
-    return [flat[start : start + samples_per_prompt] for start in range(0, len(flat), samples_per_prompt)]
+    keys = torch.zeros(len(prompts), dtype=torch.int64)
+    if not sampling.greedy:
+        if streams is None:
+            raise ValueError("sampling needs a stream of random numbers for each prompt")
+        keys = torch.tensor(streams, dtype=torch.int64)
+    responses: list[list[IntArray]] = [[] for _ in prompts]
+    # Longest first: what will not fit in memory fails at once. Equal lengths lie together, so little is padded.
+    by_length = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
+    wanted = [(place, sample) for place in by_length for sample in range(samples_per_prompt)]
+    start = 0
+    with _evaluating(model):
+        while start < len(wanted):
+            width = len(prompts[wanted[start][0]])
+            rows = wanted[start : start + max(1, batch_tokens // (width + sampling.max_new_tokens))]
+            start += len(rows)
+            places = list(dict.fromkeys(place for place, _ in rows))
+            owners = {place: number for number, place in enumerate(places)}
+            samples = torch.tensor([sample for _, sample in rows])
+            decoded = _decode(
+                model,
+                _pad_left([prompts[place] for place in places], width, pad_id),
+                torch.tensor([owners[place] for place, _ in rows]),
+                mix(keys[[place for place, _ in rows]] + samples),
+                sampling,
+                torch.tensor(sorted(stop_token_ids)),
+            )
+            for (place, _), ids in zip(rows, decoded, strict=True):
+                responses[place].append(_until_stop(ids, stop_token_ids))
+    return responses
 
 
 @contextmanager
-def _generating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradient, and a blank generation config; everything is put back afterwards."""
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and no gradient; every module's mode is put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    own = model.generation_config
-    # A config handed to generate() is still filled up from the model's own wherever it says nothing.
-    model.generation_config = GenerationConfig()
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.generation_config = own
         for module, training in modes:
             module.training = training
 
 
-def _in_batches(
+def _decode(
     model: PreTrainedModel,
-    prompts: Sequence[IntArray],
-    noise: _Noise | None,
-    *,
-    max_new_tokens: int,
-    stop_token_ids: Collection[int],
-    pad_id: int,
-    batch_tokens: int,
-) -> list[IntArray]:
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        eos_token_id=sorted(stop_token_ids),
-        pad_token_id=pad_id,
-    )
-    responses: list[IntArray | None] = [None] * len(prompts)
-    # Longest first: what will not fit in memory fails at once. Equal lengths lie together, so little is padded.
-    by_length = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
-    start = 0
-    while start < len(by_length):
-        width = len(prompts[by_length[start]])
-        places = by_length[start : start + max(1, batch_tokens // (width + max_new_tokens))]
-        start += len(places)
-        ids, seen = _pad_left([prompts[place] for place in places], width, pad_id)
-        processors = LogitsProcessorList([] if noise is None else [noise.for_rows(places, width, model.device)])
-        generated = model.generate(
-            ids.to(model.device),
-            attention_mask=seen.to(model.device),
-            generation_config=settings,
-            logits_processor=processors,
-        )
-        for place, row in zip(places, generated[:, width:].cpu().numpy().astype(np.int32), strict=True):
-            responses[place] = _until_stop(row, stop_token_ids)
-    return [response for response in responses if response is not None]
+    prompts: tuple[Tensor, Tensor],
+    owners: Tensor,
+    keys: Tensor,
+    sampling: Sampling,
+    stops: Tensor,
+) -> NDArray[np.int32]:
+    """(rows, max_new_tokens) ids; what follows a row's first stop token means nothing.
+
+    prompts: padded ids and which of them are there, (prompts, width). owners: (rows,) whose response each row is.
+    """
+    device = model.device
+    ids, seen = (part.to(device) for part in prompts)
+    owners, keys, stops = owners.to(device), keys.to(device), stops.to(device)
+    # Of a prompt only the last position's logits are wanted.
+    last_only: dict[str, Any] = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
+    cache = Cache(layer_class_to_replicate=_GrowingLayer)
+    positions = (seen.cumsum(-1) - 1).clamp(min=0)
+    logits: Tensor = model(
+        input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, **last_only
+    ).logits[:, -1]
+    if len(owners) != len(ids) or len(ids) > 1:
+        cache.batch_select_indices(owners)
+        logits, seen, positions = logits[owners], seen[owners], positions[owners]
+    position = positions[:, -1]
+
+    responses = torch.zeros(len(owners), sampling.max_new_tokens, dtype=torch.int64, device=device)
+    rows = torch.arange(len(owners), device=device)
+    ended = torch.zeros(len(owners), dtype=torch.bool, device=device)
+    for number in range(sampling.max_new_tokens):
+        tokens = _choose(logits, keys, number, sampling)
+        responses[rows, number] = tokens
+        ended |= torch.isin(tokens, stops)
+        if number + 1 == sampling.max_new_tokens:
+            break
+        if device.type == "cpu" or (number + 1) % _TOKENS_BETWEEN_LOOKS == 0:
+            count = int(ended.sum())
+            if count == len(ended):
+                break
+            if count >= _ENDED_SHARE * len(ended):
+                going = (~ended).nonzero()[:, 0]
+                cache.batch_select_indices(going)
+                tokens, rows, keys, seen, position = (x[going] for x in (tokens, rows, keys, seen, position))
+                ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        position = position + 1
+        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
+        logits = model(
+            input_ids=tokens[:, None],
+            attention_mask=seen,
+            position_ids=position[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    return responses.cpu().numpy().astype(np.int32)
+
+
+def _choose(logits: Tensor, keys: Tensor, number: int, sampling: Sampling) -> Tensor:
+    """(rows,) the `number`-th token of each response: where its random number falls in the cumulative distribution."""
+    if sampling.greedy:
+        return logits.argmax(-1)
+    scores = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[1]:
+        lowest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < lowest, float("-inf"))
+    probabilities = scores.softmax(-1)
+    if sampling.top_p < 1:
+        descending = probabilities.sort(dim=-1, descending=True).values
+        before = descending.cumsum(-1) - descending
+        # The last token that is needed to reach top_p: the first is always kept.
+        kept = (before < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
+        probabilities = probabilities.masked_fill(probabilities < descending.gather(-1, kept - 1), 0.0)
+    # In float64: the tail of a large vocabulary would be lost in the rounding of a float32 sum.
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    drawn = uniform(keys, number)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, drawn, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def _pad_left(prompts: Sequence[IntArray], width: int, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -144,49 +213,44 @@ def _until_stop(row: IntArray, stop_token_ids: Collection[int]) -> IntArray:
     return row[: stops[0] + 1] if len(stops) else row
 
 
-class _Noise:
-    """Sampling as the argmax of logits / temperature + Gumbel noise, the noise a function of its place.
+def _takes(model: PreTrainedModel, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
 
-    `generate` draws one multinomial for all rows of a batch, so that a row's sample would depend on its neighbours.
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in buffers with room to spare, so that a token does not copy all those before it.
+
+    `keys` and `values` are what is filled of the buffers: (rows, heads, tokens, width).
     """
 
-    def __init__(self, seed: int, temperature: float) -> None:
-        self.seed = seed
-        self.temperature = temperature
+    keys: Tensor
+    values: Tensor
+    _buffers: tuple[Tensor, Tensor] | None = None
 
-    def for_rows(self, places: Sequence[int], prompt_width: int, device: torch.device) -> LogitsProcessor:
-        rows = torch.tensor(places, dtype=torch.int64, device=device)
-        return _GumbelArgmax(_mix(_mix(rows.new_tensor(self.seed)) + rows), prompt_width, self.temperature)
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._buffers is None or self._buffers[0].shape[-2] < end:
+            self._buffers = (
+                self._grown(self.keys, key_states, start, end),
+                self._grown(self.values, value_states, start, end),
+            )
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., start:end, :] = states
+        keys, values = self._buffers
+        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._buffers = None
 
-class _GumbelArgmax(LogitsProcessor):
-    """keys: (rows,) int64, one stream of noise a row."""
-
-    def __init__(self, keys: Tensor, prompt_width: int, temperature: float) -> None:
-        self.keys = keys
-        self.prompt_width = prompt_width
-        self.temperature = temperature
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        vocabulary = torch.arange(scores.shape[1], dtype=torch.int64, device=scores.device)
-        step_keys = _mix(self.keys + (input_ids.shape[1] - self.prompt_width))
-        bits = _mix(step_keys[:, None] + vocabulary)
-        # 53 bits, shifted into the open interval: log(0) must not happen.
-        uniform = ((bits >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
-        return scores.double() / self.temperature - uniform.log_().neg_().log_()
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's output function over int64 tensors, which wrap around as its 64-bit words do.
-
-    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
-    """
-    x = x * -7046029254386353131  # 0x9E3779B97F4A7C15, the odd number nearest 2^64 / golden ratio
-    x = (x ^ _shift_right(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ _shift_right(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: int64's own copies the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    @staticmethod
+    def _grown(filled: Tensor, states: Tensor, start: int, end: int) -> Tensor:
+        rows, heads, _, width = states.shape
+        buffer = states.new_empty(rows, heads, end + max(64, end // 4), width)
+        if start:
+            buffer[..., :start, :] = filled
+        return buffer

@@ -47,6 +47,7 @@ DECLARED = {
     "ipo": PAIR,
     "hinge": PAIR,
     "apo_zero": PAIR,
+    "pdpo": Declaration(PairLogps, on_policy=True),
     "simpo": Declaration(PairLogps, needs_reference=False),
     "orpo": Declaration(PairLogps, needs_reference=False),
     "kto": Declaration(UnpairedLogps, couples_batch=True),
