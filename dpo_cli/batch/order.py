@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-@functools.lru_cache(maxsize=2)
+# Two epochs each of the data and of the generator's prompts.
+@functools.lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, examples: int) -> NDArray[np.int64]:
     """The order of one epoch, (examples,) a permutation. Counter-based, so that no epoch depends on another."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(examples)
@@ -24,6 +25,19 @@ def global_batch(step: int, *, seed: int, examples: int, global_pairs: int) -> N
     """Indices of the examples that step `step` (counted from 0) trains on."""
     epoch, position = divmod(step, steps_per_epoch(examples, global_pairs))
     return epoch_order(seed, epoch, examples)[position * global_pairs : (position + 1) * global_pairs]
+
+
+def cycled_batch(step: int, *, seed: int, examples: int, size: int) -> NDArray[np.int64]:
+    """Indices of the `size` examples that step `step` takes from data that are gone through again and again."""
+    places = np.arange(step * size, (step + 1) * size)
+    return np.array([epoch_order(seed, place // examples, examples)[place % examples] for place in places.tolist()])
+
+
+def examples_cycled(steps: int, *, seed: int, examples: int, size: int) -> NDArray[np.int64]:
+    """Ascending indices of the examples that `cycled_batch` gives in so many steps."""
+    if steps * size >= examples:
+        return np.arange(examples)
+    return np.sort(epoch_order(seed, 0, examples)[: steps * size])
 
 
 def examples_shown(steps: int, *, seed: int, examples: int, global_pairs: int) -> NDArray[np.int64]:

@@ -138,9 +138,9 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Plain sentences, one a line; the caller colours them."""
-        told = self._split_lines("train", self.train)
+        told = self.split_lines("train", self.train)
         if self.eval is not None:
-            told += self._split_lines("eval", self.eval)
+            told += self.split_lines("eval", self.eval)
         if self.overlap:
             told.append(f"warning: {self.overlap:,} eval prompts are training prompts too, so eval flatters the model")
         if self.borrowed_cut:
@@ -158,7 +158,8 @@ class DataReport:
             told += [f"  response  {_shorten(text)!r}" for text in sample.responses]
         return told
 
-    def _split_lines(self, name: str, split: SplitReport) -> list[str]:
+    def split_lines(self, name: str, split: SplitReport) -> list[str]:
+        """Those of one split alone, under a name."""
         sources = ", ".join(self._source_text(source) for source in split.sources)
         first = f"{name}: {split.examples:,} {EXAMPLE_NOUNS[self.kind]}"
         first += f" from {sources}" if sources else " held out of the training data, by prompt"

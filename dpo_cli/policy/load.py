@@ -174,6 +174,26 @@ def load_reference(
         reading=reading,
     )
     check_same_vocabulary(policy.tokenizer, loaded.tokenizer, where=str(loaded.folder))
+    return _frozen(loaded)
+
+
+def load_frozen_start(
+    settings: ModelSettings, *, device: torch.device, max_tokens: int | None = None, reading: Reading = _plainly
+) -> LoadedModel:
+    """The policy as it started, once more, frozen: the reference of what the policy writes in training."""
+    loaded = _load(
+        settings,
+        settings.path,
+        settings.revision,
+        settings.adapter,
+        device=device,
+        max_tokens=max_tokens,
+        reading=reading,
+    )
+    return _frozen(loaded)
+
+
+def _frozen(loaded: LoadedModel) -> LoadedModel:
     loaded.model.requires_grad_(False)
     loaded.model.eval()
     return loaded

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,6 +94,19 @@ def _refuse_head_and_embeddings(model: PreTrainedModel, targets: str | Sequence[
                 where="model.lora.target_modules",
                 hint=f"leave {name} out",
             )
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """While open, the model computes as it did before `add_lora`."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def merge_adapter(model: PreTrainedModel, adapter: Path, *, base_name: str) -> PreTrainedModel:

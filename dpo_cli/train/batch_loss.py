@@ -35,6 +35,14 @@ class StepOutcome:
 
 
 @dataclass(frozen=True)
+class _Normalisers:
+    """What summed values of the global batch are divided by: those of the data's examples, and of the samples."""
+
+    preferences: float
+    samples: float
+
+
+@dataclass(frozen=True)
 class StartingPoint:
     """The first batch before the first step.
 
@@ -59,11 +67,13 @@ class BatchLoss:
     device: torch.device
     ranks: Ranks = field(default_factory=SoleRank)
 
-    def accumulate_gradient(self, micros: Sequence[MicroBatch], engine: Engine) -> StepOutcome:
-        """Forward and backward over a global batch; the weights have not moved yet."""
+    def accumulate_gradient(self, micros: Sequence[MicroBatch], engine: Engine, *, step: int = 0) -> StepOutcome:
+        """Forward and backward over the global batch of a step, counted from 0; the weights have not moved yet."""
         metrics = MetricSums()
-        backward = self._coupled if self._couples else self._independent
-        loss, tokens = backward(micros, engine, self._normaliser(micros), metrics)
+        if self._couples:
+            loss, tokens = self._coupled(micros, engine, metrics)
+        else:
+            loss, tokens = self._independent(micros, engine, metrics, step)
         return StepOutcome(loss=loss, metrics=metrics, tokens=tokens)
 
     @torch.no_grad()
@@ -125,7 +135,7 @@ class BatchLoss:
             micro = alone[number] if number < len(alone) else spare
             row = pack(micro.examples, first_responses=self.objective.trained_responses)
             logps = self._response_logps(row, micro, MetricSums(), first_responses=self.objective.trained_responses)
-            finite = engine.is_finite(self.objective(logps, micro.examples).values.sum())
+            finite = engine.is_finite(self._share(logps, micro, _Normalisers(1.0, 1.0), MetricSums(), step=0))
             if not finite and number < len(alone):
                 mine.append(micro.examples[0].origin)
         guilty = [origin for origins in self.ranks.gather(mine) for origin in origins]
@@ -145,34 +155,48 @@ class BatchLoss:
         """Whether what `_batch` gave is to be counted here: a coupled loss's batch is whole on every rank."""
         return self.ranks.is_main or not self._couples
 
-    def _normaliser(self, micros: Sequence[MicroBatch]) -> float:
-        """What the values of the global batch are divided by."""
-        (normaliser,) = sum_floats(self.ranks, self.objective.normaliser(_examples(micros)), device=self.device)
-        return normaliser
+    def _normalisers(self, micros: Sequence[MicroBatch]) -> _Normalisers:
+        mine = self.objective.normaliser(_examples(micros)), float(sum(_samples(micro) for micro in micros))
+        return _Normalisers(*sum_floats(self.ranks, *mine, device=self.device))
+
+    def _share(
+        self, logps: ResponseLogps, micro: MicroBatch, by: _Normalisers, metrics: MetricSums, *, step: int
+    ) -> Tensor:
+        """This micro-batch's share of the global loss: its pairs' and its samples', each divided by all of theirs."""
+        preferences, sampled = logps.split(len(micro.preferences))
+        shares = []
+        if micro.preferences:
+            values = self.objective(preferences, micro.preferences)
+            self.objective.record(metrics, values, preferences, micro.preferences)
+            shares.append(values.values.sum() / by.preferences)
+        if micro.generated:
+            values = self.objective.of_samples(sampled, micro.generated, step)
+            for name, part in values.parts.items():
+                metrics.add(name, part)
+            shares.append(values.values.sum() / by.samples)
+        return shares[0] if len(shares) == 1 else shares[0] + shares[1]
 
     def _independent(
-        self, micros: Sequence[MicroBatch], engine: Engine, normaliser: float, metrics: MetricSums
+        self, micros: Sequence[MicroBatch], engine: Engine, metrics: MetricSums, step: int
     ) -> tuple[Tensor, int]:
+        by = self._normalisers(micros)
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for micro in micros:
             row = pack(micro.examples, first_responses=self.objective.trained_responses)
             counted = MetricSums() if micro.idle else metrics
             logps = self._response_logps(row, micro, counted, first_responses=self.objective.trained_responses)
-            values = self.objective(logps, micro.examples)
-            share = values.values.sum() / normaliser
+            share = self._share(logps, micro, by, counted, step=step)
             if micro.idle:
                 engine.backward(share * 0.0)
                 continue
             engine.backward(share)
             total += share.detach()
             tokens += len(row.input_ids)
-            self.objective.record(counted, values, logps, micro.examples)
         return total, tokens
 
-    def _coupled(
-        self, micros: Sequence[MicroBatch], engine: Engine, normaliser: float, metrics: MetricSums
-    ) -> tuple[Tensor, int]:
+    def _coupled(self, micros: Sequence[MicroBatch], engine: Engine, metrics: MetricSums) -> tuple[Tensor, int]:
         """A loss that couples the batch sees all of it at once: d loss / d log-probs there, then through each part."""
+        normaliser = self._normalisers(micros).preferences
         with torch.no_grad():
             whole, examples = self._batch(micros, metrics)
         leaf = whole.policy.detach().requires_grad_()
@@ -222,8 +246,12 @@ class BatchLoss:
         declared = self.objective.declaration.statistics
         scores: TokenScores = self.policy(row, _LOGGED | declared)
         firsts = _of_first_responses(row)
-        # A response borrowed from another prompt, or one that is only evaluated, is no example of what is being learnt.
+        # A response borrowed from another prompt, or one that is only evaluated, is no example of what is being learnt;
+        # what the policy wrote is no example of the data.
         learnt = None if self.objective.trained_responses is None else firsts
+        if micro.sampled:
+            learnt = row.response_of_token < sum(row.responses_per_example[: len(micro.preferences)])
+            firsts &= learnt
         metrics.add("entropy", scores.statistics["entropy"], learnt)
         metrics.add("mean_token_accuracy", scores.statistics["correct"], firsts)
         return ResponseLogps(
@@ -236,7 +264,11 @@ class BatchLoss:
 
 
 def _examples(micros: Sequence[MicroBatch]) -> list[Example]:
-    return [example for micro in micros if not micro.idle for example in micro.examples]
+    return [example for micro in micros if not micro.idle for example in micro.preferences]
+
+
+def _samples(micro: MicroBatch) -> int:
+    return sum(len(example.responses) - 1 for example in micro.generated)
 
 
 def _responses(micros: Sequence[MicroBatch]) -> int:

@@ -14,6 +14,7 @@ from dpo_cli.engine.ranks import Ranks
 from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.checkpoint import Checkpoint, CheckpointStore
 from dpo_cli.train.console import RunConsole
+from dpo_cli.train.generator import BUFFER, Generator, GeneratorBatch
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.metrics_log import MetricsLog
 from dpo_cli.train.micro_batch import PreferenceData
@@ -64,6 +65,7 @@ class Training:
     ranks: Ranks
     train: PreferenceData
     held_out: PreferenceData | None
+    generator: Generator | None
     schedule: Callable[[int], float]
     checkpoints: CheckpointStore
     metrics: MetricsLog
@@ -82,6 +84,9 @@ class Training:
         clock = _Clock()
         with self.stop.deferred(), self.console.progress("training", settings.total_steps, progress.step):
             while progress.step < settings.total_steps:
+                written = self._written(progress.step)
+                if self.generator is not None:
+                    clock.sampled()
                 micros = self.train.microbatches(
                     global_batch(
                         progress.step,
@@ -91,9 +96,10 @@ class Training:
                     ),
                     tokens_per_microbatch=settings.tokens_per_microbatch,
                     ranks=self.ranks,
+                    sampled=written.sampled,
                 )
                 clock.data_ready()
-                outcome = self.loss.accumulate_gradient(micros, self.engine)
+                outcome = self.loss.accumulate_gradient(micros, self.engine, step=progress.step)
                 learning_rate = self.schedule(progress.step)
                 result = self.engine.step(learning_rate, outcome.loss)
                 if not result.sound:
@@ -103,6 +109,7 @@ class Training:
                 progress.step += 1
                 progress.tokens += tokens
                 progress.window.merge(outcome.metrics)
+                progress.window.merge(written.metrics)
                 if self.ranks.is_main:
                     progress.window.add("loss", torch.tensor(result.loss, device=self.loss.device))
                 clock.step_done(tokens)
@@ -124,11 +131,17 @@ class Training:
                 if stopping:
                     self.stop.check(f"Step {progress.step} of {settings.total_steps} is saved.")
 
+    def _written(self, step: int) -> GeneratorBatch:
+        """What the policy has written for this step."""
+        return GeneratorBatch((), MetricSums()) if self.generator is None else self.generator.batch(step)
+
     def restore(self, checkpoint: Checkpoint) -> Progress:
         """Put weights, optimiser and random state back; the position comes back as Progress."""
         tensors, state = self.checkpoints.load(checkpoint), checkpoint.state
         self.engine.load(tensors[WEIGHTS], tensors.get(OPTIMIZER, {}))
         restore_random_state(tensors[RANDOM], self.ranks)
+        if self.generator is not None:
+            self.generator.load(tensors.get(BUFFER, {}))
         return Progress(
             step=state["step"],
             tokens=state["tokens"],
@@ -147,6 +160,8 @@ class Training:
 
     def _save(self, progress: Progress) -> None:
         self.metrics.sync()
+        if self.generator is not None:
+            self.generator.log.sync()
         self.trackers.flush()
         self.checkpoints.save(
             progress.step,
@@ -162,6 +177,8 @@ class Training:
 
     def _saved_tensors(self) -> Iterator[SavedTensor]:
         yield from self.engine.saved_tensors()
+        if self.generator is not None:
+            yield from self.generator.saved_tensors()
         for name, tensor in random_state().items():
             yield SavedTensor(RANDOM, f"rank-{self.ranks.rank}/{name}", tensor)
 
@@ -234,10 +251,17 @@ class _Clock:
 
     def _begin(self) -> None:
         self._started = self._mark = time.perf_counter()
-        self._tokens, self._waiting = 0, 0.0
+        self._tokens, self._waiting, self._sampling = 0, 0.0, 0.0
+
+    def sampled(self) -> None:
+        self._sampling += self._since_mark()
 
     def data_ready(self) -> None:
-        self._waiting += time.perf_counter() - self._mark
+        self._waiting += self._since_mark()
+
+    def _since_mark(self) -> float:
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
 
     def step_done(self, tokens: int) -> None:
         self._mark = time.perf_counter()
@@ -250,5 +274,7 @@ class _Clock:
             "perf/tokens_per_second": self._tokens / elapsed,
             "perf/data_loading_pct": 100 * self._waiting / elapsed,
         }
+        if self._sampling:
+            metrics["perf/sampling_pct"] = 100 * self._sampling / elapsed
         self._begin()
         return metrics

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, `step` and `split` first, then metric names and numbers.
+"""metrics.jsonl: one JSON object a line, `step` and `split` first, then metric names and numbers; samples.jsonl alike.
 
 A line is written with one call and handed to the system at once, so a kill loses at most the line being written. After
 a resume the steps since the checkpoint are run again; `truncate_after` takes their first version out.
@@ -19,7 +19,7 @@ from dpo_cli.errors import CheckpointError
 
 
 class MetricsLog:
-    """Appends to one metrics.jsonl. Raises CheckpointError when the disk refuses."""
+    """Appends to one file of lines. Raises CheckpointError when the disk refuses."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,8 +27,11 @@ class MetricsLog:
 
     def append(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
         """Write one line. NaN and infinities become null: JSON knows no others, and readers fail on Python's."""
-        numbers = {name: _strict(value) for name, value in values.items()}
-        line = json.dumps({"step": step, "split": split, **numbers}, allow_nan=False)
+        self.append_row({"step": step, "split": split, **{name: _strict(value) for name, value in values.items()}})
+
+    def append_row(self, row: Mapping[str, Any]) -> None:
+        """Write one line of anything that JSON knows; `step` is what it goes by when a run is resumed."""
+        line = json.dumps(row, allow_nan=False)
         try:
             if self._file is None:
                 _drop_half_written_line(self.path)
@@ -62,7 +65,7 @@ class MetricsLog:
                     row = _parse(line)
                     if row is None or row["step"] > step:
                         continue
-                    if not (evaluation_due and row["step"] == step and row["split"] == "eval"):
+                    if not (evaluation_due and row["step"] == step and row.get("split") == "eval"):
                         new.write(line)
         except OSError as error:
             raise self._unwritable(error) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +19,37 @@ from dpo_cli.reference.sums import ReferenceSums
 Indices = Sequence[int] | NDArray[np.int64]
 
 
+class Sampled(NamedTuple):
+    """A prompt of the generator: example.responses are its ground truth, then what the policy wrote.
+
+    reference: their log-probs under the reference, (1 + samples,) float64.
+    """
+
+    example: Example
+    reference: NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Examples that go through the model together, with their references: (K,) float64 each, None if none is needed.
 
     idle: only there because all ranks must do equally many forward and backward passes; it counts for nothing.
+    sampled: so many of the examples, the last ones, are prompts of the generator.
     """
 
     examples: tuple[Example, ...]
     references: tuple[NDArray[np.float64], ...] | None
     idle: bool = False
+    sampled: int = 0
+
+    @property
+    def preferences(self) -> tuple[Example, ...]:
+        """The examples that come from the data as they are."""
+        return self.examples[: len(self.examples) - self.sampled]
+
+    @property
+    def generated(self) -> tuple[Example, ...]:
+        return self.examples[len(self.examples) - self.sampled :]
 
     def reference(self, first_responses: int | None, device: torch.device) -> Tensor | None:
         """The reference sums of (the first) responses, (N,), example after example."""
@@ -39,8 +61,8 @@ class MicroBatch:
         """Every example as a micro-batch of its own."""
         references = self.references or (None,) * len(self.examples)
         return [
-            MicroBatch((example,), None if sums is None else (sums,))
-            for example, sums in zip(self.examples, references, strict=True)
+            MicroBatch((example,), None if sums is None else (sums,), sampled=int(place >= len(self.preferences)))
+            for place, (example, sums) in enumerate(zip(self.examples, references, strict=True))
         ]
 
 
@@ -51,19 +73,33 @@ class PreferenceData:
     examples: Examples
     reference: ReferenceSums | None
 
-    def microbatches(self, indices: Indices, *, tokens_per_microbatch: int, ranks: Ranks) -> list[MicroBatch]:
-        """This rank's micro-batches of a global batch; every rank gets equally many."""
-        sizes = [int(self.examples.sizes[i]) for i in indices]
-        plan = microbatches(sizes, tokens_per_microbatch=tokens_per_microbatch, ranks=ranks.size)
+    def microbatches(
+        self, indices: Indices, *, tokens_per_microbatch: int, ranks: Ranks, sampled: Sequence[Sampled] = ()
+    ) -> list[MicroBatch]:
+        """This rank's micro-batches of a global batch, samples among its pairs; every rank gets equally many."""
+        sizes = [int(size) for size in self.examples.sizes[indices]]
+        plan = microbatches(
+            sizes + [each.example.packed_tokens for each in sampled],
+            tokens_per_microbatch=tokens_per_microbatch,
+            ranks=ranks.size,
+        )
         smallest = min(range(len(sizes)), key=sizes.__getitem__)
         return [
-            self._microbatch([int(indices[place]) for place in places or [smallest]], idle=not places)
+            self._microbatch(
+                [int(indices[place]) for place in places or [smallest] if place < len(sizes)],
+                [sampled[place - len(sizes)] for place in places if place >= len(sizes)],
+                idle=not places,
+            )
             for places in plan[ranks.rank :: ranks.size]
         ]
 
-    def _microbatch(self, indices: Sequence[int], *, idle: bool) -> MicroBatch:
+    def _microbatch(self, indices: Sequence[int], sampled: Sequence[Sampled], *, idle: bool) -> MicroBatch:
+        references = None
+        if self.reference is not None:
+            references = (*map(self.reference.of, indices), *(each.reference for each in sampled))
         return MicroBatch(
-            examples=tuple(self.examples[index] for index in indices),
-            references=None if self.reference is None else tuple(self.reference.of(index) for index in indices),
+            examples=(*(self.examples[index] for index in indices), *(each.example for each in sampled)),
+            references=references,
             idle=idle,
+            sampled=len(sampled),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from dpo_cli.losses.types import (
     LossValues,
     PairLogps,
     RankedLogps,
+    SampleLogps,
     Statistics,
     UnpairedLogps,
     as_loss_values,
@@ -47,6 +49,20 @@ class ResponseLogps:
             tokens=self.tokens.to(device),
             per_example=self.per_example,
             statistics={name: sums.to(device) for name, sums in self.statistics.items()},
+        )
+
+    def split(self, examples: int) -> tuple[ResponseLogps, ResponseLogps]:
+        """The responses of the first so many examples, and of the others."""
+        at = sum(self.per_example[:examples])
+        return self._part(slice(None, at), slice(None, examples)), self._part(slice(at, None), slice(examples, None))
+
+    def _part(self, responses: slice, examples: slice) -> ResponseLogps:
+        return ResponseLogps(
+            policy=self.policy[responses],
+            reference=None if self.reference is None else self.reference[responses],
+            tokens=self.tokens[responses],
+            per_example=self.per_example[examples],
+            statistics={name: sums[responses] for name, sums in self.statistics.items()},
         )
 
 
@@ -89,6 +105,14 @@ class Objective:
     def __call__(self, logps: ResponseLogps, examples: Sequence[Example]) -> LossValues:
         """Unreduced values, (examples,)."""
         return as_loss_values(self.loss(self._loss_input(logps, examples)), len(examples))
+
+    def of_samples(self, logps: ResponseLogps, examples: Sequence[Example], step: int) -> LossValues:
+        """Unreduced values of what the policy wrote, (samples,).
+
+        examples: prompts of the generator, whose first response is the ground truth. step: counted from 0.
+        """
+        samples = _samples(logps, examples, step)
+        return as_loss_values(self.loss(samples), len(samples.policy))
 
     def _loss_input(self, logps: ResponseLogps, examples: Sequence[Example]) -> LossInput:
         policy, reference, tokens = logps.policy, logps.reference, logps.tokens
@@ -163,6 +187,28 @@ def _ranked(logps: ResponseLogps) -> RankedLogps:
         tokens=logps.tokens[flat],
         present=present,
         statistics=_each(logps.statistics, lambda x: x[flat]),
+    )
+
+
+def _samples(logps: ResponseLogps, examples: Sequence[Example], step: int) -> SampleLogps:
+    """A sample that equals its truth, token for token, is compared with itself: rounding decides nothing then."""
+    device, starts = logps.policy.device, _starts(logps.per_example, logps.policy.device)
+    samples, truths, prompts = [], [], []
+    for prompt, (example, start) in enumerate(zip(examples, starts.tolist(), strict=True)):
+        truth, *drawn = example.responses
+        for number, response in enumerate(drawn, start=1):
+            samples.append(start + number)
+            truths.append(start + number if np.array_equal(response, truth) else start)
+            prompts.append(prompt)
+    where, compared = torch.tensor(samples, device=device), torch.tensor(truths, device=device)
+    return SampleLogps(
+        policy=logps.policy[where],
+        reference=None if logps.reference is None else logps.reference[where],
+        tokens=logps.tokens[where],
+        truth_policy=logps.policy.detach()[compared],
+        truth_reference=None if logps.reference is None else logps.reference[compared],
+        prompt=torch.tensor(prompts, device=device),
+        step=step,
     )
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dpo_cli.atomic import write_json
 from dpo_cli.batch.order import examples_shown, global_batch
 from dpo_cli.config.schema import Config, LoggerConfig
-from dpo_cli.data.prepare import PreparedData
+from dpo_cli.data.example import Examples
 from dpo_cli.engine.backend import Backend
 from dpo_cli.engine.interface import whole_shape
 from dpo_cli.engine.ranks import Ranks, SoleRank
@@ -40,16 +42,24 @@ from dpo_cli.train.loop import LoopSettings, Progress, Training
 from dpo_cli.train.metrics_log import MetricsLog
 from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.objective import Objective
+from dpo_cli.train.on_policy import fitting_truths, make_generator, truths_shown
 from dpo_cli.train.parts import backend_of, build_loss, loop_settings, optimizer_settings, reference_name, schedule_of
 from dpo_cli.train.reference_pass import ReferencePass, release_memory
-from dpo_cli.train.run_data import prepared_data
+from dpo_cli.train.run_data import RunData, run_data
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.task_accuracy import TaskAccuracy, prompt_encoder
 from dpo_cli.train.trackers import Trackers
 
 MANIFEST = "run.json"
-# Train and held-out data, each with what the reference says of it.
-References = tuple[PreferenceData, PreferenceData | None]
+
+
+@dataclass(frozen=True)
+class References:
+    """Train and held-out data and the generator's ground truths, each with what the reference says of it."""
+
+    train: PreferenceData
+    held_out: PreferenceData | None
+    truths: PreferenceData | None
 
 
 def run_training(
@@ -105,16 +115,16 @@ class _Run:
         say(f"model: {config.model.path}, {_parameter_count(policy.model)} parameters in {policy.dtype_name}")
         store = self._check_unchanged(data, policy, device)
         settings = loop_settings(config, len(data.train))
+        truths = None if data.generator is None else fitting_truths(data.generator, policy, config, say)
         if config.optimizer.warmup_steps >= settings.total_steps:
             say(f"note: all {settings.total_steps} steps warm up; optimizer.lr itself is never reached")
 
-        references = self._references_of_another_model(data, policy, objective, settings, backend)
+        references = self._references_of_another_model(data, truths, policy, objective, settings, backend)
         engine = backend.training(packed, policy.model, optimizer_settings(config.optimizer), policy.dtype)
         tested = packed_self_test(packed, vocabulary=len(policy.tokenizer), where=str(policy.folder))
         say(f"self-test: packed and plain forward agree to {tested.largest_difference:.0e} nats a token")
         if references is None:
-            references = self._references(data, engine.model, policy.dtype_name, store, settings)
-        train, held_out = references
+            references = self._references(data, truths, engine.model, policy.dtype_name, store, settings)
         accuracy = self._task_accuracy(data, policy)
         if accuracy is not None:
             accuracy.before(policy, engine, self.console)
@@ -124,8 +134,9 @@ class _Run:
             loss=BatchLoss(engine.model, objective, device, self.ranks),
             engine=engine,
             ranks=self.ranks,
-            train=train,
-            held_out=held_out,
+            train=references.train,
+            held_out=references.held_out,
+            generator=None,
             schedule=schedule_of(config.optimizer, total_steps=settings.total_steps),
             checkpoints=CheckpointStore(
                 self.run_dir / "checkpoints", keep=config.keep_checkpoints, ranks=self.ranks, notify=say
@@ -135,7 +146,22 @@ class _Run:
             console=self.console,
             stop=self.stop,
         )
-        with training.metrics, training.trackers:
+        with training.metrics, training.trackers, ExitStack() as alive:
+            if references.truths is not None and references.truths.reference is not None:
+                generator = make_generator(
+                    config,
+                    references.truths.examples,
+                    references.truths.reference,
+                    policy,
+                    engine,
+                    backend,
+                    total_steps=settings.total_steps,
+                    run_dir=self.run_dir,
+                    say=say,
+                    alive=alive,
+                )
+                alive.enter_context(generator.log)
+                training = replace(training, generator=generator)
             progress = self._resume(training)
             training.checkpoints.check_room(engine.saved_bytes)
             if progress.step == 0:
@@ -164,16 +190,16 @@ class _Run:
         if plan is not None:
             self.console.say(forecast_summary(plan))
 
-    def _prepare_data(self, objective: Objective) -> PreparedData:
-        data = prepared_data(self.config, objective)
-        for line in data.report.lines():
+    def _prepare_data(self, objective: Objective) -> RunData:
+        data = run_data(self.config, objective)
+        for line in data.lines:
             self.console.say(line)
         self._warn_of_large_examples(data)
         if self.ranks.is_main:
-            write_json(self.run_dir / "data.json", data.report.as_dict())
+            write_json(self.run_dir / "data.json", data.report)
         return data
 
-    def _warn_of_large_examples(self, data: PreparedData) -> None:
+    def _warn_of_large_examples(self, data: RunData) -> None:
         """data.max_tokens bounds prompt + longest response; an example has several responses."""
         budget = self.config.tokens_per_microbatch
         over = int((data.train.sizes > budget).sum())
@@ -187,7 +213,7 @@ class _Run:
     def _store_dir(self) -> Path:
         return Path(self.config.store_dir).expanduser()
 
-    def _check_unchanged(self, data: PreparedData, policy: LoadedModel, device: torch.device) -> ReferenceStore:
+    def _check_unchanged(self, data: RunData, policy: LoadedModel, device: torch.device) -> ReferenceStore:
         """Note what the run's numbers depend on; on resuming, compare. Returns the store of the policy as it starts."""
         identity = self._identity(policy)
         if self.ranks.is_main:
@@ -223,7 +249,8 @@ class _Run:
 
     def _references_of_another_model(
         self,
-        data: PreparedData,
+        data: RunData,
+        truths: Examples | None,
         policy: LoadedModel,
         objective: Objective,
         settings: LoopSettings,
@@ -231,7 +258,7 @@ class _Run:
     ) -> References | None:
         """Score with the reference where it is not the policy as it starts, and give its memory back."""
         if not objective.declaration.needs_reference:
-            return _without_references(data)
+            return References(_unreferenced(data.train), None if data.eval is None else _unreferenced(data.eval), None)
         self.console.say(f"reference model: {reference_name(self.config)}")
         reference = load_reference(
             self.config.model,
@@ -244,13 +271,19 @@ class _Run:
             return None
         store = open_store(self._store_dir, self._identity(reference))
         with backend.scoring(PackedModel(reference.model), reference.dtype) as packed:
-            found = self._references(data, packed, reference.dtype_name, store, settings)
+            found = self._references(data, truths, packed, reference.dtype_name, store, settings)
         del packed, reference
         release_memory()
         return found
 
     def _references(
-        self, data: PreparedData, packed: nn.Module, dtype_name: str, store: ReferenceStore, settings: LoopSettings
+        self,
+        data: RunData,
+        truths: Examples | None,
+        packed: nn.Module,
+        dtype_name: str,
+        store: ReferenceStore,
+        settings: LoopSettings,
     ) -> References:
         scoring = ReferencePass(
             packed=packed,
@@ -269,18 +302,26 @@ class _Run:
             examples=len(data.train),
             global_pairs=settings.global_pairs,
         )
-        train = PreferenceData(data.train, scoring.sums(data.train, "train", shown))
-        if data.eval is None:
-            return train, None
-        return train, PreferenceData(data.eval, scoring.sums(data.eval, "eval", np.arange(len(data.eval))))
 
-    def _task_accuracy(self, data: PreparedData, policy: LoadedModel) -> TaskAccuracy | None:
+        def scored(examples: Examples | None, split: str, indices: NDArray[np.int64] | None) -> PreferenceData | None:
+            if examples is None:
+                return None
+            wanted = np.arange(len(examples)) if indices is None else indices
+            return PreferenceData(examples, scoring.sums(examples, split, wanted))
+
+        return References(
+            train=PreferenceData(data.train, scoring.sums(data.train, "train", shown)),
+            held_out=scored(data.eval, "eval", None),
+            truths=scored(
+                truths, "generator", None if truths is None else truths_shown(self.config, truths, settings.total_steps)
+            ),
+        )
+
+    def _task_accuracy(self, data: RunData, policy: LoadedModel) -> TaskAccuracy | None:
         settings = self.config.data.exact_match
         if settings is None:
             return None
-        encode = prompt_encoder(
-            policy.tokenizer, chat=any(source.chat_examples for source in data.report.train.sources)
-        )
+        encode = prompt_encoder(policy.tokenizer, chat=data.chat)
         return TaskAccuracy.of(settings, encode, self.run_dir, self.ranks)
 
     def _resume(self, training: Training) -> Progress:
@@ -302,6 +343,8 @@ class _Run:
         if self.ranks.is_main:
             last = -1 if checkpoint is None else progress.step
             training.metrics.truncate_after(last, evaluation_due=progress.evaluation_due)
+            if training.generator is not None:
+                training.generator.log.truncate_after(last)
         training.trackers.begin(progress.step)
         return progress
 
@@ -327,8 +370,8 @@ class _Run:
             )
 
 
-def _without_references(data: PreparedData) -> References:
-    return PreferenceData(data.train, None), None if data.eval is None else PreferenceData(data.eval, None)
+def _unreferenced(examples: Examples) -> PreferenceData:
+    return PreferenceData(examples, None)
 
 
 def _parameter_count(model: torch.nn.Module) -> str:
