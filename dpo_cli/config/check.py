@@ -98,7 +98,7 @@ def _check_values(composition: Composition) -> tuple[Config | None, list[DpoErro
     valid = {key: value for key, value in flat.items() if not any(_under(key, bad) for bad in faulty)}
     # A single {path: ...} counts as one value, not as a section.
     data = values.get("data")
-    for leaf in ("train", "eval"):
+    for leaf in ("train", "eval", "generator"):
         if isinstance(data, Mapping) and leaf in data and f"data.{leaf}" not in faulty:
             valid[f"data.{leaf}"] = data[leaf]
     valid |= {f"choice.{group}": choice for group, choice in composition.choices.items()}

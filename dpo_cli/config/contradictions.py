@@ -208,6 +208,52 @@ def held_out_data_is_named_once(values: Values) -> ConfigError | None:
     )
 
 
+def generator_prompts_exist(values: Values) -> ConfigError | None:
+    return _missing_source("data.generator", values["data.generator"], local=values["choice.data"] == "local")
+
+
+def generator_has_prompts(values: Values) -> ConfigError | None:
+    """Of a loss with a generator; one of the user's own is asked when it is imported."""
+    named, share = values["data.generator"], values["data.generator_fraction"]
+    if named is not None and share:
+        return ConfigError(
+            "data.generator names the generator's prompts, and data.generator_fraction takes training prompts as well.",
+            where="data.generator_fraction",
+            hint="data.generator_fraction=0, or leave data.generator out",
+        )
+    if named is not None or share:
+        return None
+    return ConfigError(
+        "The generator has no prompts.",
+        where="data.generator_fraction",
+        hint="data.generator_fraction=0.2, or data.generator=FILE of prompts and ground truths",
+    )
+
+
+def generator_has_a_loss(values: Values) -> ConfigError | None:
+    loss = values["loss._target_"]
+    named, share = values["data.generator"], values["data.generator_fraction"]
+    if loss == "dpo_cli.losses.pdpo.pdpo_loss" or not str(loss).startswith("dpo_cli.losses.") or not (named or share):
+        return None
+    return ConfigError(
+        "The data name prompts for a generator, and this loss has none.",
+        where="data.generator" if named else "data.generator_fraction",
+        hint="loss=pdpo (loss.gamma=0 is DPO on the same pairs), or leave them out",
+    )
+
+
+def others_to_compare_with(values: Values) -> ConfigError | None:
+    if values["loss.baseline"] != "leave_one_out" or values["loss.generator"] != "policy_gradient":
+        return None
+    if values["rollout.samples_per_prompt"] > 1:
+        return None
+    return ConfigError(
+        "loss.baseline=leave_one_out compares a sample with the others of its prompt, and there is one.",
+        where="rollout.samples_per_prompt",
+        hint="rollout.samples_per_prompt=4, or loss.baseline=truth",
+    )
+
+
 def resume_stands_alone(values: Values) -> ConfigError | None:
     if values["resume"] is None:
         return None
@@ -238,6 +284,10 @@ CHECKS: tuple[tuple[Callable[[Values], ConfigError | None], tuple[str, ...]], ..
     (training_data_exists, ("data.train", "choice.data")),
     (held_out_data_exists, ("data.eval", "choice.data")),
     (problems_exist, ("data.exact_match.problems",)),
+    (generator_prompts_exist, ("data.generator", "choice.data")),
+    (generator_has_prompts, ("loss.generator", "data.generator", "data.generator_fraction")),
+    (generator_has_a_loss, ("loss._target_", "data.generator", "data.generator_fraction")),
+    (others_to_compare_with, ("loss.baseline", "loss.generator", "rollout.samples_per_prompt")),
     (resume_stands_alone, ("resume",)),
 )
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
@@ -191,8 +192,10 @@ class ZeroEngine:
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         return self._gathered(parameters, for_writing=False)
 
-    def whole_weights(self) -> AbstractContextManager[None]:
-        return self._gathered(self._everything, for_writing=False)
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        with self._gathered(self._everything, for_writing=False), _without_hooks(self.model):
+            yield
 
     def _gathered(self, parameters: Sequence[nn.Parameter], *, for_writing: bool) -> AbstractContextManager[None]:
         if self._stage < 3:
@@ -221,6 +224,28 @@ class ZeroEngine:
             self._states()[master] = {"step": step, **empty}
         if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
             self._zero._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """While open, modules run without what DeepSpeed does before and after each of them.
+
+    It notes the order in which modules run, to fetch weights ahead. Ranks that generate responses of different length
+    would note different orders, and fetch different weights in their next step.
+    """
+    kept = [(module, module._forward_pre_hooks, module._forward_hooks) for module in model.modules()]
+
+    def others(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
+        named = ((number, hook, getattr(hook, "__module__", "") or "") for number, hook in hooks.items())
+        return OrderedDict((number, hook) for number, hook, module in named if not module.startswith("deepspeed"))
+
+    for module, before, after in kept:
+        module._forward_pre_hooks, module._forward_hooks = others(before), others(after)
+    try:
+        yield
+    finally:
+        for module, before, after in kept:
+            module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def _whole(tensor: Tensor | None, parameter: nn.Parameter) -> Tensor:

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from dpo_cli.batch.layout import pack, sum_by_response
 from dpo_cli.data.example import Example
 from dpo_cli.engine.interface import OptimizerSettings
+from dpo_cli.engine.ranks import SoleRank
 from dpo_cli.engine.replicated import ReplicatedEngine
 from dpo_cli.errors import NonFiniteError
 from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.losses.kto import kto_loss
+from dpo_cli.losses.pdpo import pdpo_loss
 from dpo_cli.losses.plackett_luce import plackett_luce_loss
 from dpo_cli.losses.sft_ref import sft_ref_loss
 from dpo_cli.losses.types import LossValues, PairLogps, UnpairedLogps, declare
@@ -27,7 +30,7 @@ from dpo_cli.policy.packed_model import PackedModel, score_examples
 from dpo_cli.reference.sums import ReferenceSums
 from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.metric_sums import MetricSums
-from dpo_cli.train.micro_batch import MicroBatch, PreferenceData
+from dpo_cli.train.micro_batch import MicroBatch, PreferenceData, Sampled
 from dpo_cli.train.objective import Objective
 
 CPU = torch.device("cpu")
@@ -249,3 +252,149 @@ def test_token_accuracy_is_the_first_responses_and_entropy_that_of_what_is_train
     for metrics in (evaluated, trained):
         assert metrics["mean_token_accuracy"] == pytest.approx(found[1]["correct"])
         assert metrics["entropy"] == pytest.approx(found[2 if name == "dpo" else 1]["entropy"])
+
+
+# --- samples of the policy beside the data ---------------------------------------------------------------------------
+
+PDPO = functools.partial(pdpo_loss, beta=0.3, gamma=0.7)
+
+
+def sampled_rows(count: int, samples: int = 2, seed: int = 5) -> list[Sampled]:
+    rows = random_examples(count, lambda _: 1 + samples, seed=seed)
+    rng = np.random.default_rng(seed)
+    return [Sampled(replace(row, origin=f"truth {n}"), -9 * rng.random(1 + samples)) for n, row in enumerate(rows)]
+
+
+def mixed(examples: list[Example], sampled: list[Sampled], budget: int, ranks: int = 1) -> list[list[MicroBatch]]:
+    """The micro-batches of each rank."""
+    data = PreferenceData(Listed(examples), reference_of(examples))
+    found = []
+    for rank in range(ranks):
+        this = SoleRank()
+        this.rank, this.size = rank, ranks
+        indices = np.arange(len(examples))
+        found.append(data.microbatches(indices, tokens_per_microbatch=budget, ranks=this, sampled=sampled))
+    return found
+
+
+@pytest.mark.parametrize("generator", ["hinge", "unhinged", "policy_gradient"])
+def test_pdpos_loss_is_that_of_the_pairs_and_gamma_times_that_of_the_samples(generator: str) -> None:
+    """Against autograd through one undivided forward and the formulas; no gradient reaches the ground truths."""
+    examples, sampled = random_examples(7), sampled_rows(4)
+    loss = functools.partial(PDPO, generator=generator, advantage_clip=0.5)
+    (micros,) = mixed(examples, sampled, budget=10_000)
+    assert len(micros) == 1 and micros[0].sampled == 4
+    value, found, _ = gradient(loss, micros)
+
+    packed = packed_model()
+    row = pack(examples)
+    sums, reference = sum_by_response(row, packed(row).logps), torch.arange(14, dtype=torch.float64).neg()
+    margins = 0.3 * ((sums - reference)[0::2] - (sums - reference)[1::2])
+    expected = -torch.nn.functional.logsigmoid(margins).mean()
+    row = pack([each.example for each in sampled])
+    sums = sum_by_response(row, packed(row).logps).view(4, 3)
+    rewards = 0.3 * (sums - torch.from_numpy(np.stack([each.reference for each in sampled])))
+    gaps = rewards[:, :1].detach() - rewards[:, 1:]
+    terms = {"hinge": gaps.relu(), "unhinged": gaps, "policy_gradient": gaps.detach().clamp(-0.5, 0.5) * sums[:, 1:]}
+    expected = expected + 0.7 * terms[generator].mean()
+    assert value == pytest.approx(expected.item(), rel=1e-12)
+    expected.backward()
+    for name, parameter in packed.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_pdpos_gradient_is_the_slope_of_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By central differences, with the samples and the rewards of the ground truths held fixed."""
+
+    def norm(self: Qwen2RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        """Without transformers' detour through float32, whose steps are coarser than the differences taken here."""
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(Qwen2RMSNorm, "forward", norm)
+    examples, sampled = random_examples(5), sampled_rows(4)
+    (micros,) = mixed(examples, sampled, budget=60)
+    assert len(micros) > 1
+    _, found, _ = gradient(PDPO, micros)
+    packed = packed_model()
+    truths = {
+        each.example.origin: score_examples(packed, [each.example])[0][0].astype(np.float64).sum() for each in sampled
+    }
+
+    def formula() -> float:
+        pairs = [[s.astype(np.float64).sum() for s in row] for row in score_examples(packed, examples)]
+        margins = np.array([0.3 * ((w + 2 * n) - (r + 2 * n + 1)) for n, (w, r) in enumerate(pairs)])
+        gaps = []
+        for example, reference in sampled:
+            drawn = [s.astype(np.float64).sum() for s in score_examples(packed, [example])[0][1:]]
+            truth = 0.3 * (truths[example.origin] - reference[0])
+            gaps += [truth - 0.3 * (logp - own) for logp, own in zip(drawn, reference[1:], strict=True)]
+        return float(np.logaddexp(0, -margins).mean() + 0.7 * np.maximum(gaps, 0).mean())
+
+    rng = np.random.default_rng(0)
+    for name, parameter in packed.model.named_parameters():
+        flat, slopes = parameter.data.view(-1), found[name].view(-1)
+        for place in rng.choice(len(flat), size=min(3, len(flat)), replace=False).tolist():
+            kept, width = flat[place].clone(), 1e-5
+            flat[place] = kept + width
+            above = formula()
+            flat[place] = kept - width
+            below = formula()
+            flat[place] = kept
+            assert (above - below) / (2 * width) == pytest.approx(float(slopes[place]), rel=1e-5, abs=1e-8), name
+
+
+@pytest.mark.parametrize("budget", [10_000, 60, 25])
+def test_samples_are_cut_into_microbatches_without_changing_anything(budget: int) -> None:
+    examples, sampled = random_examples(9), sampled_rows(5, samples=3)
+    (whole,), (parts,) = mixed(examples, sampled, budget=10_000), mixed(examples, sampled, budget=budget)
+    assert sum(micro.sampled for micro in parts) == 5
+    first, second = gradient(PDPO, whole), gradient(PDPO, parts)
+    assert second[0] == pytest.approx(first[0], rel=1e-12)
+    for name, expected in first[1].items():
+        torch.testing.assert_close(second[1][name], expected, rtol=1e-9, atol=1e-12)
+    assert second[2].means() == pytest.approx(first[2].means(), rel=1e-9)
+
+
+def test_ranks_share_samples_and_pairs_and_do_equally_many_passes() -> None:
+    examples, sampled = random_examples(9), sampled_rows(5)
+    shares = mixed(examples, sampled, budget=45, ranks=3)
+    assert len({len(share) for share in shares}) == 1
+    shown = [e.origin for share in shares for micro in share if not micro.idle for e in micro.examples]
+    assert sorted(shown) == sorted([*(e.origin for e in examples), *(s.example.origin for s in sampled)])
+    for share in shares:
+        for micro in share:
+            assert all(e.origin.startswith("truth") for e in micro.generated)
+            assert not any(e.origin.startswith("truth") for e in micro.preferences)
+
+
+def test_what_the_policy_wrote_is_in_no_metric_of_the_data() -> None:
+    examples, sampled = random_examples(6), sampled_rows(3)
+    (micros,) = mixed(examples, sampled, budget=60)
+    alone = gradient(functools.partial(dpo_loss, beta=0.3), mixed(examples, [], budget=60)[0])[2].means()
+    beside = gradient(PDPO, micros)[2].means()
+    assert {name: beside[name] for name in alone} == pytest.approx(alone, rel=1e-12)
+    assert set(beside) - set(alone) == {
+        "loss/dpo", "loss/generator", "generator/active_fraction", "generator/reward_gap"
+    }  # fmt: skip
+
+
+def test_a_sample_that_says_what_the_truth_says_has_no_gap_to_it_whatever_the_rounding() -> None:
+    (row,) = sampled_rows(1, samples=1)
+    truth = row.example.responses[0]
+    same = Sampled(replace(row.example, responses=(truth, truth)), np.array([-3.0, -3.0 - 1e-7]))
+    (micros,) = mixed(random_examples(2), [same], budget=1000)
+    means = gradient(PDPO, micros)[2].means()
+    assert means["generator/reward_gap"] == 0
+    assert means["generator/active_fraction"] == 0
+
+
+def test_a_sample_that_breaks_the_loss_is_named_by_its_prompt() -> None:
+    packed = packed_model()
+    engine = ReplicatedEngine(packed, packed.model, OptimizerSettings("adamw", 0.0, None))
+    sampled = sampled_rows(3)
+    sampled[1].reference[2] = np.nan
+    (micros,) = mixed(random_examples(4), sampled, budget=40)
+    loss = BatchLoss(packed, Objective.of(PDPO), CPU)
+    outcome = loss.accumulate_gradient(micros, engine)
+    assert not engine.step(1e-3, outcome.loss).sound
+    assert loss.blame(micros, engine).where == "truth 1"
