@@ -27,6 +27,8 @@ IntArray = NDArray[np.int32]
 # Prompt and response tokens in one batch: enough rows for a small model to run at full speed, and a cache of one or
 # two gigabytes for a model of seven billion parameters.
 BATCH_TOKENS = 32_768
+# Random numbers of a response that are made in one go.
+_DRAWS_AT_ONCE = 64
 # Ended responses are looked for every so many tokens on a GPU, where looking means waiting for it, ...
 _TOKENS_BETWEEN_LOOKS = 8
 # ... and dropped from the batch when they are at least this share of it: dropping copies the cache of the others.
@@ -150,8 +152,12 @@ def _decode(
     responses = torch.zeros(len(owners), sampling.max_new_tokens, dtype=torch.int64, device=device)
     rows = torch.arange(len(owners), device=device)
     ended = torch.zeros(len(owners), dtype=torch.bool, device=device)
+    draws = torch.empty(len(owners), 0, dtype=torch.float64, device=device)
     for number in range(sampling.max_new_tokens):
-        tokens = _choose(logits, keys, number, sampling)
+        place = number % _DRAWS_AT_ONCE
+        if place == 0 and not sampling.greedy:
+            draws = uniform(keys, torch.arange(number, number + _DRAWS_AT_ONCE, device=device))
+        tokens = _choose(logits, draws[:, place : place + 1], sampling)
         responses[rows, number] = tokens
         ended |= torch.isin(tokens, stops)
         if number + 1 == sampling.max_new_tokens:
@@ -163,7 +169,9 @@ def _decode(
             if count >= _ENDED_SHARE * len(ended):
                 going = (~ended).nonzero()[:, 0]
                 cache.batch_select_indices(going)
-                tokens, rows, keys, seen, position = (x[going] for x in (tokens, rows, keys, seen, position))
+                tokens, rows, keys, draws, seen, position = (
+                    x[going] for x in (tokens, rows, keys, draws, seen, position)
+                )
                 ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
         position = position + 1
         seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
@@ -177,8 +185,11 @@ def _decode(
     return responses.cpu().numpy().astype(np.int32)
 
 
-def _choose(logits: Tensor, keys: Tensor, number: int, sampling: Sampling) -> Tensor:
-    """(rows,) the `number`-th token of each response: where its random number falls in the cumulative distribution."""
+def _choose(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
+    """(rows,) the next token of each response: where its random number falls in the cumulative distribution.
+
+    logits: (rows, vocabulary). draws: (rows, 1) in (0, 1), not looked at when `sampling` is greedy.
+    """
     if sampling.greedy:
         return logits.argmax(-1)
     scores = logits.float() / sampling.temperature
@@ -194,8 +205,7 @@ def _choose(logits: Tensor, keys: Tensor, number: int, sampling: Sampling) -> Te
         probabilities = probabilities.masked_fill(probabilities < descending.gather(-1, kept - 1), 0.0)
     # In float64: the tail of a large vocabulary would be lost in the rounding of a float32 sum.
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    drawn = uniform(keys, number)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, drawn, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def _pad_left(prompts: Sequence[IntArray], width: int, pad_id: int) -> tuple[Tensor, Tensor]:

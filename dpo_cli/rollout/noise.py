@@ -16,9 +16,12 @@ def stream(*parts: int) -> int:
     return int(key)
 
 
-def uniform(keys: Tensor, position: int) -> Tensor:
-    """Numbers in the open interval (0, 1), float64, one for each key (int64): the `position`-th of its stream."""
-    bits = mix(keys + position)
+def uniform(keys: Tensor, positions: Tensor) -> Tensor:
+    """Numbers in the open interval (0, 1), (keys, positions) float64: those at these positions of each key's stream.
+
+    keys, positions: (n,) and (m,) int64.
+    """
+    bits = mix(keys[:, None] + positions)
     return ((bits >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
 
 

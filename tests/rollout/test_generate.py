@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from dpo_cli.rollout.generate import Sampling, _choose, generate
-from dpo_cli.rollout.noise import mix, stream
+from dpo_cli.rollout.noise import mix, stream, uniform
 
 VOCABULARY = 17
 STOPS = frozenset({3, 5})
@@ -146,9 +146,8 @@ def test_a_sliding_window_is_honoured(window):
 
 def kept_tokens(logits: torch.Tensor, sampling: Sampling) -> set[int]:
     """The tokens that sampling ever chooses, over many random numbers."""
-    rows = 4000
-    keys = torch.arange(rows, dtype=torch.int64)
-    return set(_choose(logits.expand(rows, -1), keys, 0, sampling).tolist())
+    draws = uniform(torch.arange(4000), torch.zeros(1, dtype=torch.int64))
+    return set(_choose(logits.expand(len(draws), -1), draws, sampling).tolist())
 
 
 def test_top_k_and_top_p_keep_the_most_probable_tokens_alone():
