@@ -1,11 +1,13 @@
 """The same training on one process and on every layout of ranks and ZeRO stages: how far apart they end.
 
     python scripts/layouts.py                 two ranks, then one; prints the table of docs/distributed.md
-    python scripts/layouts.py --json FILE     the same figures as JSON
+    python scripts/layouts.py --write         writes it there as well
+    python scripts/layouts.py --long          prints a line a case
+    python scripts/layouts.py --json FILE     every case's figures as JSON
 
 Every case trains a tiny model for a few steps whose batches are cut into several micro-batches, and is compared with a
 single process that does the same: largest difference of the step losses, of the gradient norms (relative) and of the
-float32 weights. float32 on CPUs, gloo.
+float32 weights. On CPUs with gloo; in float32 but for the cases that are named bfloat16, of which both sides round.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.objective import Objective
 
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "distributed.md"
+BEGIN, END = "<!-- table: scripts/layouts.py -->\n", "<!-- end of table -->"
 CPU = torch.device("cpu")
+FIGURES = ("loss", "gradient_norm", "weights")
 STEPS, PAIRS, TOKENS = 6, 7, 60
 LOSSES: dict[str, Any] = {
     "dpo": functools.partial(dpo_loss, beta=0.3),
@@ -63,6 +68,7 @@ class Case:
     optimizer: str = "adamw"
     checkpointing: bool = False
     resumed_from: int | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def name(self) -> str:
@@ -71,7 +77,24 @@ class Case:
         extras = [self.loss] * (self.loss != "dpo") + [self.optimizer] * (self.optimizer != "adamw")
         extras += ["checkpointing"] * self.checkpointing
         extras += [] if self.resumed_from is None else [f"resumed from stage {self.resumed_from}"]
+        extras += ["bfloat16"] * (self.dtype == torch.bfloat16)
         return ", ".join([stage, model, *extras])
+
+    @property
+    def group(self) -> str:
+        """The line of the condensed table that this case is part of."""
+        if self.dtype == torch.bfloat16:
+            return "every stage in bfloat16, whose noise this is"
+        if self.resumed_from is not None:
+            return "stage 0, 1 or 3 for three steps, then resumed at 0, 2 or 3"
+        if self.loss != "dpo":
+            return f"ZeRO-2 and 3, {self.loss}" + " (which couples the batch)" * (self.loss == "kto")
+        if self.optimizer != "adamw":
+            return "ZeRO-1 and 3, RMSprop"
+        if self.checkpointing:
+            return "ZeRO-3, gradient checkpointing"
+        stage = f"ZeRO-{self.stage}" if self.stage else "replicated (`zero_stage: 0`)"
+        return f"{stage}, tied or untied, full or LoRA"
 
 
 def cases() -> list[Case]:
@@ -81,6 +104,7 @@ def cases() -> list[Case]:
     found += [Case(stage, optimizer="rmsprop") for stage in (1, 3)]
     found += [Case(3, checkpointing=True)]
     found += [Case(to, resumed_from=start) for start in (0, 1, 3) for to in (0, 2, 3)]
+    found += [Case(stage, dtype=torch.bfloat16) for stage in (0, 1, 2, 3)]
     return found
 
 
@@ -117,7 +141,7 @@ def model_of(case: Case) -> PackedModel:
         )
     if case.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    return PackedModel(model.train())
+    return PackedModel(model.to(case.dtype).train())
 
 
 def engine_of(case: Case, stage: int | None, ranks: Ranks) -> Engine:
@@ -126,7 +150,7 @@ def engine_of(case: Case, stage: int | None, ranks: Ranks) -> Engine:
         backend = Partitioned(CPU, ranks, ZeroSettings(stage))
     packed = model_of(case)
     settings = OptimizerSettings(case.optimizer, weight_decay=0.1, max_grad_norm=1.0)  # type: ignore[arg-type]
-    return backend.training(packed, packed.model, settings, torch.float32)
+    return backend.training(packed, packed.model, settings, case.dtype)
 
 
 def saved(engine: Engine, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
@@ -173,6 +197,7 @@ def differences(ranks: Ranks) -> Iterator[dict[str, Any]]:
         yield {
             "ranks": ranks.size,
             "case": case.name,
+            "group": case.group,
             "loss": max(abs(a.loss - b.loss) for a, b in zip(wanted, found, strict=True)),
             "gradient_norm": max(
                 abs(a.gradient_norm / b.gradient_norm - 1) for a, b in zip(wanted, found, strict=True)
@@ -195,9 +220,33 @@ def launch(ranks: int) -> list[dict[str, Any]]:
         return found
 
 
+def condensed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The largest figures of every group, in the order in which groups appear."""
+    largest: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in found:
+        group = largest.setdefault((row["ranks"], row["group"]), {**row, "case": row["group"]})
+        group |= {figure: max(group[figure], row[figure]) for figure in FIGURES}
+    return list(largest.values())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| ranks | layout | loss | gradient norm | weights |", "|---|---|---|---|---|"]
+    for row in rows:
+        figures = " | ".join(f"{row[figure]:.0e}" if row[figure] else "0" for figure in FIGURES)
+        lines.append(f"| {row['ranks']} | {row['case']} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(text: str) -> None:
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + text + END + rest.split(END, 1)[1], encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--long", action="store_true", help="a line for every case, not for every group of them")
+    parser.add_argument("--write", action="store_true", help=f"put the condensed table into {DOCUMENT.name}")
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 1])
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -210,10 +259,9 @@ def main() -> None:
     found = [row for ranks in arguments.ranks for row in launch(ranks)]
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1))
-    print("| ranks | case | loss | gradient norm | weights |\n|---|---|---|---|---|")
-    for row in found:
-        figures = " | ".join(f"{row[key]:.0e}" for key in ("loss", "gradient_norm", "weights"))
-        print(f"| {row['ranks']} | {row['case']} | {figures} |")
+    print(table(found if arguments.long else condensed(found)), end="")
+    if arguments.write:
+        write(table(condensed(found)))
 
 
 if __name__ == "__main__":

@@ -93,11 +93,11 @@ def _run_main(words: list[str]) -> int:
             _run_rank(config, folder, watch)
 
     code = exit_code_of(run)
-    if code and arguments and not _shows_only(arguments[0]) and not handed_over:
-        from dpo_cli.engine.rendezvous import tell_failure
+    if arguments and not _shows_only(arguments[0]) and not handed_over:
+        from dpo_cli.engine.rendezvous import tell_exit_code
 
-        # The user knows already; the others are told so that they end with the same exit code.
-        tell_failure(code)
+        # The user knows already, of an error or a plan; the others are told so that they end with the same exit code.
+        tell_exit_code(code)
     return code
 
 

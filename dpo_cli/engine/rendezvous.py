@@ -29,7 +29,7 @@ _count = itertools.count()
 
 
 class MainRankFailed(RankFailed):
-    """Rank 0 has failed and said why; a rank that waited for it ends quietly, with the same exit code."""
+    """Rank 0 has failed, or needs no others, and said so; a rank that waited ends quietly, with the same exit code."""
 
 
 def hand_over(work: Callable[[], str]) -> str:
@@ -45,7 +45,7 @@ def hand_over(work: Callable[[], str]) -> str:
     try:
         value = work()
     except BaseException as error:
-        tell_failure(error.exit_code if isinstance(error, DpoError) else 1)
+        tell_exit_code(error.exit_code if isinstance(error, DpoError) else 1)
         raise
     _tell({"value": value})
     return value
@@ -63,11 +63,11 @@ def receive() -> str:
         raise MainRankFailed(f"Rank 0 is gone: {str(error).splitlines()[0]}") from None
     if "exit_code" in told:
         shared.add(f"{key}/heard", 1)
-        raise MainRankFailed("Rank 0 failed.", exit_code=int(told["exit_code"]))
+        raise MainRankFailed("Rank 0 has ended.", exit_code=int(told["exit_code"]))
     return str(told["value"])
 
 
-def tell_failure(exit_code: int) -> None:
+def tell_exit_code(exit_code: int) -> None:
     """Rank 0's part of `hand_over` when there is nothing to hand over.
 
     Returns when the others have heard of it: the launcher ends them as soon as rank 0 has left.

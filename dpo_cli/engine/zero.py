@@ -56,6 +56,8 @@ def import_deepspeed(device: torch.device) -> Any:
     # Its shared-memory reduction for CPUs would be compiled at first use, for a minute and more, under a lock that
     # outlives a killed process, and leaves files in /dev/shm. gloo does the same work.
     backend.build_shm_op = lambda: None
+    # Its optimiser for bfloat16 under stage 1 prints the memory in use, whatever the log level.
+    importlib.import_module("deepspeed.runtime.bf16_optimizer").see_memory_usage = lambda *_, **__: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
 

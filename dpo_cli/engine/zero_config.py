@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-# DeepSpeed's own default for what it reduces at once.
-_BUCKET_ELEMENTS = 500_000_000
+# Gradients that are reduced at once, at most. DeepSpeed's own default is five times that, which it holds two to four
+# times over, in float32; a network is busy with much less.
+BUCKET_ELEMENTS = 100_000_000
 
 Place = Literal["none", "cpu", "nvme"]
 
@@ -53,7 +54,7 @@ def deepspeed_config(
     if zero.stage == 3:
         sections |= _offload("offload_param", zero.offload_parameters, zero.nvme_path, device)
     if trained is not None:
-        sections["reduce_bucket_size"] = min(trained, _BUCKET_ELEMENTS)
+        sections["reduce_bucket_size"] = min(trained, BUCKET_ELEMENTS)
     ours: dict[str, Any] = {
         # Nominal: batches are cut by tokens, and losses arrive divided already.
         "train_batch_size": ranks,
@@ -67,7 +68,8 @@ def deepspeed_config(
         # torch's optimisers are as fast, need no compiler, and are the same on every engine.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        # Under stage 1, rounded gradients would else stay beside their float32 sum until the step.
+        "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": True},
         "fp16": {"enabled": dtype == torch.float16},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,

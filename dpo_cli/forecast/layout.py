@@ -8,6 +8,8 @@ from typing import Literal
 Place = Literal["none", "cpu", "nvme"]
 # Of the packed attention: segments are attended to together up to this many scores a head.
 MAX_SCORES_PER_CALL = 2**22
+# Gradients that the engine exchanges at once under ZeRO, in elements.
+REDUCE_BUCKET = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Layout:
     tokens: of one packed row, at most; longest: of a prompt with one response, data.max_tokens.
     on_gpu: there the driver takes its share, and grouped keys are repeated for every head under a mask.
     momentum: of RMSprop.
+    reduce_bucket, prefetch_bucket, live_parameters, sub_group: DeepSpeed's bounds on what is exchanged, gathered and
+        updated at once, in elements. reduce_bucket None: what the engine asks for.
     """
 
     tokens: int
@@ -40,6 +44,10 @@ class Layout:
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     momentum: bool = False
     on_gpu: bool = True
+    reduce_bucket: int | None = None
+    prefetch_bucket: int = 50_000_000
+    live_parameters: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
 
     @property
     def half(self) -> bool:
@@ -48,6 +56,10 @@ class Layout:
     def share(self, stage: int) -> int:
         """Among how many workers something is divided that ZeRO divides from this stage on."""
         return self.workers if (self.zero_stage or 0) >= stage else 1
+
+    def bucket_elements(self, trained: int) -> int:
+        """trained: parameters in training; the engine asks for no larger bucket than those fill."""
+        return min(trained, REDUCE_BUCKET) if self.reduce_bucket is None else self.reduce_bucket
 
 
 @dataclass(frozen=True)

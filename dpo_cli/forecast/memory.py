@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dpo_cli.forecast import partition
 from dpo_cli.forecast.layout import Layout, Row
 from dpo_cli.forecast.shape import ModelShape
 
@@ -18,14 +19,6 @@ _CHUNK_ROWS_AT_LEAST = 16
 # Kernels, cuBLAS workspace and the driver's own share of a GPU; NCCL's channels where there are several workers.
 _CUDA_CONTEXT = round(0.6 * GIB)
 _NCCL = round(0.5 * GIB)
-# Whole gradients are exchanged in buckets of this size.
-_ALL_REDUCE_BYTES = 64 * 2**20
-# What DeepSpeed is given or takes by itself, in numbers rather than bytes: reduce_bucket_size,
-# stage3_prefetch_bucket_size, stage3_max_live_parameters, sub_group_size. Gradients travel in float32.
-_REDUCE_BUCKET = 500_000_000
-_PREFETCH_BUCKET = 50_000_000
-_LIVE_PARAMETERS = 1_000_000_000
-_SUB_GROUP = 1_000_000_000
 
 PARAMETERS, MASTERS, GRADIENTS, OPTIMIZER = "parameters", "float32 masters", "gradients", "optimiser states"
 ACTIVATIONS, ATTENTION, HEAD = "activations", "attention buffers", "output head, by chunks"
@@ -94,14 +87,15 @@ def forecast_memory(shape: ModelShape, layout: Layout, row: Row | None = None) -
 
 
 def _what_stays(shape: ModelShape, layout: Layout) -> tuple[dict[str, int], int, int]:
-    trained, stage = trained_parameters(shape, layout), layout.zero_stage or 0
+    trained = trained_parameters(shape, layout)
     masters = 4 * trained if _has_masters(layout) else 0
     stays = {
         PARAMETERS: _frozen_and_trained(shape, layout) // layout.share(3),
         MASTERS: masters // layout.share(1),
-        GRADIENTS: 4 * trained // layout.share(2),
+        GRADIENTS: partition.gradients(shape, layout, trained),
         OPTIMIZER: state_bytes(layout) * trained // layout.share(1),
-        BUCKETS: _buckets(layout, trained),
+        BUCKETS: partition.offload_buffer(shape, layout)
+        + (partition.bucket(layout, trained) if layout.zero_stage == 3 else 0),
         CONTEXT: (_CUDA_CONTEXT + (_NCCL if layout.workers > 1 else 0)) if layout.on_gpu else 0,
     }
     elsewhere = {"cpu": 0, "nvme": 0}
@@ -110,17 +104,10 @@ def _what_stays(shape: ModelShape, layout: Layout) -> tuple[dict[str, int], int,
         stays[MASTERS] = 0
         moved = 4 * trained // layout.share(1) + stays.pop(OPTIMIZER)
         elsewhere[layout.offload_optimizer] += moved * layout.workers
-        # The gradient of what this worker updates follows, and with it the rounded weights that come back.
-        elsewhere["cpu"] += (4 + layout.bytes_per_weight) * trained // layout.share(1) * layout.workers
-        if stage < 3:
-            stays[GRADIENTS] = 4 * trained if stage < 2 else 0
-    if layout.offload_parameters != "none" and stage == 3:
-        elsewhere[layout.offload_parameters] += stays.pop(PARAMETERS) * layout.workers
+        elsewhere["cpu"] += partition.gradients_on_host(shape, layout, trained) * layout.workers
+    if layout.offload_parameters != "none" and layout.zero_stage == 3:
+        elsewhere[layout.offload_parameters] += stays[PARAMETERS] * layout.workers
         stays[PARAMETERS] = 0
-    if stage == 3:
-        largest = max(shape.layer_parameters, shape.embedding_parameters)
-        live = max(_LIVE_PARAMETERS, largest + _PREFETCH_BUCKET)
-        stays[PARAMETERS] += layout.bytes_per_weight * min(shape.parameters, live)
     return stays, elsewhere["cpu"], elsewhere["nvme"]
 
 
@@ -134,14 +121,6 @@ def _frozen_and_trained(shape: ModelShape, layout: Layout) -> int:
     return layout.bytes_per_weight * shape.parameters + adapters
 
 
-def _buckets(layout: Layout, trained: int) -> int:
-    if layout.zero_stage is None or (layout.zero_stage == 0 and layout.workers == 1):
-        return 0
-    if layout.zero_stage == 0:
-        return min(_ALL_REDUCE_BYTES, 4 * trained)
-    return 4 * min(trained, _REDUCE_BUCKET)
-
-
 def _moments(shape: ModelShape, layout: Layout, row: Row) -> tuple[Moment, ...]:
     trained, width = trained_parameters(shape, layout), layout.bytes_per_weight
     whole = layout.lora is None
@@ -151,33 +130,60 @@ def _moments(shape: ModelShape, layout: Layout, row: Row) -> tuple[Moment, ...]:
         kept = {ACTIVATIONS: shape.layers * width * shape.hidden * row.tokens + outer, ATTENTION: 0}
     else:
         kept = {ACTIVATIONS: shape.layers * layer + outer, ATTENTION: shape.layers * attention}
+    whole_weights = {PARAMETERS: partition.gathered(shape, layout)}
+    kept |= whole_weights
     chunk, head_gradient, embedding = _head(shape, layout, row), 0, shape.embedding_parameters
     if whole:
-        # A running sum in float32, and in half precision one chunk's share or the rounded result beside it.
-        head_gradient = 4 * embedding + (width * embedding if layout.half else 0)
+        # A running sum in float32, and in half precision one chunk's share or the rounded result beside it. A CPU
+        # widens that share before it is added.
+        head_gradient = 4 * embedding
+        head_gradient += (width + (0 if layout.on_gpu else 4)) * embedding if layout.half else 0
     hidden_gradient = width * row.scored * shape.hidden
 
     first = dict(kept)
     if layout.gradient_checkpointing:
         first[ACTIVATIONS] += layer
         first[ATTENTION] += attention
-    # The head's gradient waits for the embedding's where they are one matrix; in half precision it stays in any case.
-    waiting = width * embedding if whole and (shape.tied or layout.half) else 0
     working = width * row.tokens * (2 * shape.mlp_width + 2 * shape.hidden)
+    # The head's gradient waits for the embedding's where they are one matrix; in half precision it stays in any case.
+    waiting = width * embedding if whole and (shape.tied or (layout.half and not layout.zero_stage)) else 0
 
     # Half-precision gradients are complete before they are added to the float32 ones; ZeRO adds each as it comes.
     rounded = width * trained if layout.half and whole and not layout.zero_stage else 0
     last = max(
-        width * embedding * (2 if shape.tied else 1) if whole else 0, 4 * embedding if layout.half and whole else 0
+        width * embedding * (2 if shape.tied else 1) if whole else 0,
+        4 * embedding if layout.half and whole and not layout.zero_stage else 0,
+        # Stage 1 widens it to add it.
+        (width + 4) * embedding if layout.half and whole and layout.zero_stage == 1 else 0,
     )
+
+    stage2 = layout.zero_stage == 2
+    collecting = partition.bucket(layout, trained) if stage2 else 0
+    # On a GPU a bucket is there as soon as it is made, on a CPU as far as it is filled: by the head alone at first.
+    begun = collecting if layout.on_gpu else 0
+    half_way = collecting if layout.on_gpu else min(collecting, width * embedding if whole and not shape.tied else 0)
+    nearly = collecting if layout.on_gpu else max(0, collecting - (width * embedding if whole else 0))
+    exchange = partition.exchange(shape, layout, trained)
+    meanwhile = exchange if partition.has_several_buckets(layout, trained) else 0
+    # Weights are let go and gathered again during the backward pass only where they are not all kept.
+    prefetched = partition.prefetched(shape, layout)
+    again = prefetched if shape.parameters > layout.live_parameters else 0
+    # Stages 2 and 3 reduce what each backward pass has found, the others what all have, just before the step.
+    reducing = whole_weights if layout.zero_stage == 3 else {}
     return (
         Moment("the forward pass of the output head", {**kept, HEAD: chunk[0]}),
         Moment(
-            "the backward pass of the output head", {**kept, HEAD: chunk[1], FLIGHT: head_gradient + hidden_gradient}
+            "the backward pass of the output head",
+            {**kept, HEAD: chunk[1], FLIGHT: head_gradient + hidden_gradient, BUCKETS: begun},
         ),
-        Moment("the backward pass of the last layer", {**first, FLIGHT: waiting + working}),
-        Moment("the end of the backward pass", {FLIGHT: rounded + last}),
-        Moment("the optimiser's step", {FLIGHT: _step_buffers(layout, trained)}),
+        Moment(
+            "the backward pass of the last layer",
+            {**first, FLIGHT: waiting + working, BUCKETS: half_way + meanwhile + again},
+        ),
+        Moment("the end of the backward pass", {**whole_weights, FLIGHT: rounded + last, BUCKETS: nearly}),
+        Moment("the forward pass of the last layer", {**kept, BUCKETS: prefetched}),
+        Moment("the reduction of gradients", {**reducing, BUCKETS: collecting + exchange}),
+        Moment("the optimiser's step", {FLIGHT: partition.step(shape, layout, trained)}),
     )
 
 
@@ -219,13 +225,3 @@ def _head(shape: ModelShape, layout: Layout, row: Row) -> tuple[int, int]:
     # In half precision the product comes rounded before it is widened, and goes back rounded.
     rounded = logits // 2 if layout.half else 0
     return 2 * logits + rounded, logits + rounded
-
-
-def _step_buffers(layout: Layout, trained: int) -> int:
-    mine, stage = trained // layout.share(1), layout.zero_stage or 0
-    if layout.offload_optimizer != "none":
-        return 0
-    # RMSprop takes the root of all squared gradients at once; AdamW is fused.
-    roots = 4 * mine if layout.optimizer == "rmsprop" else 0
-    flat = {0: 0, 1: 4 * mine, 2: 4 * mine, 3: 4 * min(mine, _SUB_GROUP)}[stage]
-    return roots + flat

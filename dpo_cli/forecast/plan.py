@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 from dpo_cli.config.schema import Config, RMSpropConfig
 from dpo_cli.config.shipped import choices
+from dpo_cli.engine.environment import is_worker, world_size
 from dpo_cli.errors import ModelError
 from dpo_cli.forecast.cost import Disk, Work, forecast_disk, forecast_step
 from dpo_cli.forecast.layout import Layout, LoraLayout
@@ -46,7 +48,7 @@ def plan_run(config: Config, machine: Machine | None = None) -> Plan:
     hardware = config.hardware
     if machine is None:
         machine = find_machine(hardware.device, device_memory_gb=hardware.device_memory_gb)
-        workers = hardware.num_workers or machine.devices
+        workers = world_size() if is_worker() else hardware.num_workers or machine.devices
     else:
         workers = machine.devices
     shape, counted_from = read_shape(config.model.path, config.model.revision)
@@ -77,12 +79,33 @@ def plan_or_nothing(config: Config, machine: Machine) -> Plan | None:
         return None
 
 
+# What DeepSpeed calls the bounds that a layout has.
+_BOUNDS = {
+    "reduce_bucket": ("reduce_bucket_size",),
+    "prefetch_bucket": ("stage3_prefetch_bucket_size", "prefetch_bucket_size"),
+    "live_parameters": ("stage3_max_live_parameters", "max_live_parameters"),
+    "sub_group": ("sub_group_size",),
+}
+
+
+def _bounds(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that hardware.deepspeed sets; a number may be written 5e8."""
+    options = overrides.get("zero_optimization")
+    found: dict[str, Any] = {}
+    for name, theirs in _BOUNDS.items():
+        for key in theirs:
+            value = options.get(key) if isinstance(options, Mapping) else None
+            if isinstance(value, int | float) and value >= 0:
+                found[name] = int(value)
+    return found
+
+
 def layout_of(config: Config, machine: Machine, *, workers: int) -> Layout:
     hardware = config.hardware
     model, optimizer, lora = config.model, config.optimizer, config.model.lora
     half = model.dtype in ("bfloat16", "float16") or (model.dtype == "auto" and machine.on_gpu)
     targets = None if lora is None else lora.target_modules
-    return Layout(
+    layout = Layout(
         tokens=config.tokens_per_microbatch,
         longest=config.data.max_tokens,
         bytes_per_weight=2 if half else 4,
@@ -98,3 +121,4 @@ def layout_of(config: Config, machine: Machine, *, workers: int) -> Layout:
         offload_optimizer=hardware.offload_optimizer if hardware.is_distributed else "none",
         offload_parameters=hardware.offload_parameters if hardware.is_distributed else "none",
     )
+    return replace(layout, **_bounds(hardware.deepspeed)) if hardware.zero_stage else layout

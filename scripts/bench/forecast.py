@@ -1,7 +1,9 @@
 """Compare the memory that is forecast with what training takes on a CPU: `python scripts/bench/forecast.py`.
 
-Every case is a process of its own, which reports its peak resident memory less what it had after its imports: a first
-small step that makes the optimiser's states, then two full micro-batches and a step. `--case NAME` runs one of them.
+Every case trains in processes of its own, with the engine that a run has: a first small step that makes the
+optimiser's states, then two full micro-batches and a step. Each process reports its peak resident memory less what it
+had after its imports and the meeting of the ranks; the largest counts. `--case NAME` runs one of them, `--write` puts
+the table of all into docs/memory.md.
 """
 
 from __future__ import annotations
@@ -13,19 +15,28 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from dpo_cli.forecast.layout import Layout, LoraLayout
-from dpo_cli.forecast.memory import forecast_memory
+from dpo_cli.forecast.layout import Layout, LoraLayout, Place
+from dpo_cli.forecast.memory import Memory, forecast_memory
 from dpo_cli.forecast.shape import ModelShape
 
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
+BEGIN, END = "<!-- table: scripts/bench/forecast.py -->\n", "<!-- end of table -->"
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Case:
-    """A Qwen2-shaped model with random weights, and how it is trained."""
+    """A Qwen2-shaped model with random weights, and how it is trained.
+
+    stage: None for a single process, 0 for whole copies, 1 to 3 for ZeRO. offload: where stage 3 keeps weights and
+    optimiser. On a CPU that is the same memory: device and host are added up. reduce_bucket: DeepSpeed's
+    reduce_bucket_size; None leaves it to the engine.
+    """
 
     hidden: int
     intermediate: int
@@ -40,6 +51,10 @@ class Case:
     lora_rank: int | None = None
     heads: int = 8
     kv_heads: int = 2
+    stage: Literal[0, 1, 2, 3] | None = None
+    ranks: int = 1
+    offload: Place = "none"
+    reduce_bucket: int | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -65,8 +80,28 @@ class Case:
             lora=None if self.lora_rank is None else LoraLayout(self.lora_rank),
             optimizer=self.optimizer,
             on_gpu=False,
+            zero_stage=self.stage,
+            workers=self.ranks,
+            offload_optimizer=self.offload,
+            offload_parameters=self.offload,
+            reduce_bucket=self.reduce_bucket,
         )
 
+    @property
+    def forecast(self) -> Memory:
+        return forecast_memory(ModelShape.of(self.config), self.layout)
+
+    @property
+    def forecast_bytes(self) -> float:
+        """Of one process: its device, and its part of the host."""
+        memory = self.forecast
+        return memory.total + memory.host / self.ranks
+
+
+# Of tensors much more than of activations.
+_ZERO = Case(512, 2048, 6, 32768, False, 768, 256)
+_TIED = replace(_ZERO, tied=True)
+_NAMES = {0: "replicated", 1: "ZeRO-1", 2: "ZeRO-2", 3: "ZeRO-3"}
 
 CASES = {
     "small": Case(256, 1024, 4, 8192, True, 4608, 512),
@@ -79,6 +114,21 @@ CASES = {
     "long pairs": Case(256, 1024, 4, 8192, True, 3072, 2048),
     "adapters": Case(512, 2048, 6, 32768, True, 1536, 256, lora_rank=16),
     "bfloat16": Case(256, 1024, 4, 32768, True, 1536, 256, dtype="bfloat16"),
+    **{
+        f"{_NAMES[stage]}, {ranks} rank{'s' * (ranks > 1)}": replace(_ZERO, stage=stage, ranks=ranks)
+        for stage in (0, 1, 2, 3)
+        for ranks in (1, 2)
+    },
+    **{
+        f"{_NAMES[stage]}, 2 ranks, bfloat16": replace(_TIED, stage=stage, ranks=2, dtype="bfloat16")
+        for stage in (1, 2, 3)
+    },
+    **{
+        f"{_NAMES[stage]}, 2 ranks, small buckets": replace(_TIED, stage=stage, ranks=2, reduce_bucket=5_000_000)
+        for stage in (2, 3)
+    },
+    "ZeRO-3, 2 ranks, adapters": replace(_TIED, stage=3, ranks=2, lora_rank=16),
+    "ZeRO-3, 2 ranks, on the host": replace(_ZERO, stage=3, ranks=2, offload="cpu"),
 }
 
 
@@ -96,10 +146,15 @@ def measure(case: Case) -> dict[str, float]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from dpo_cli.batch.layout import pack
+    from dpo_cli.engine.backend import Backend, Partitioned, Replicated, process_group
+    from dpo_cli.engine.interface import Engine, OptimizerSettings
+    from dpo_cli.engine.ranks import SoleRank
+    from dpo_cli.engine.zero_config import ZeroSettings
     from dpo_cli.policy.lora import add_lora
     from dpo_cli.policy.packed_model import PackedModel
 
     random = np.random.default_rng(0)
+    device, dtype = torch.device("cpu"), getattr(torch, case.dtype)
 
     def row_of(pairs: int, longest: int, vocabulary: int = case.vocabulary) -> Any:
         def ids(count: int) -> Any:
@@ -110,57 +165,56 @@ def measure(case: Case) -> dict[str, float]:
 
     small, full = row_of(1, 16), row_of(round(case.tokens / (1.5 * case.longest)), case.longest)
 
-    def build(config: dict[str, Any]) -> Any:
+    def engine_for(config: dict[str, Any]) -> Engine:
         fields = dict(config)
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(fields.pop("model_type"), **fields),
-            attn_implementation="packed",
-            dtype=getattr(torch, case.dtype),
-        )
+        with backend.reading(dtype):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(fields.pop("model_type"), **fields), attn_implementation="packed", dtype=dtype
+            )
+        if case.lora_rank is not None:
+            add_lora(model, _Lora(case.lora_rank), seed=0, base_name="bench")
+        if case.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        settings = OptimizerSettings(case.optimizer, weight_decay=0.0, max_grad_norm=1.0)
+        return backend.training(PackedModel(model.train()), model, settings, dtype)
 
-    # The model's code, threads and kernels are there before anything is counted.
-    PackedModel(build(replace(case, hidden=64, layers=1, vocabulary=128).config))(
-        row_of(1, 16, 128)
-    ).logps.sum().backward()
-    before = _resident_bytes()
-    began = time.perf_counter()
-    model = build(case.config)
-    if case.lora_rank is not None:
-        add_lora(model, _Lora(case.lora_rank), seed=0, base_name="bench")
-    if case.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    packed = PackedModel(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # As the engine has it: float32 masters, of which half-precision weights are a rounded copy.
-    masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in trained]
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.AdamW(masters, lr=1e-6, fused=True)
-        if case.optimizer == "adamw"
-        else torch.optim.RMSprop(masters, lr=1e-6, foreach=True)
-    )
-    for rows in ((small,), (full, full)):
+    def step(engine: Engine, *rows: Any) -> None:
+        total = torch.zeros(())
         for row in rows:
-            packed(row).logps.sum().backward()
-            for parameter, master in zip(trained, masters, strict=True):
-                if parameter is not master and parameter.grad is not None:
-                    gradient = parameter.grad.float()
-                    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-                    parameter.grad = None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for parameter, master in zip(trained, masters, strict=True):
-                if parameter is not master:
-                    parameter.copy_(master)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "measured": peak - before,
-        "tokens": len(full.input_ids),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seconds": time.perf_counter() - began,
-    }
+            loss = engine.model(row).logps.sum()
+            engine.backward(loss)
+            total += loss.detach()
+        assert engine.step(1e-6, total).sound
+
+    with nullcontext(SoleRank()) if case.stage is None else process_group(device) as ranks:
+        backend: Backend = Replicated(device, ranks)
+        if case.stage:
+            bounds = {} if case.reduce_bucket is None else {"reduce_bucket_size": case.reduce_bucket}
+            zero = ZeroSettings(case.stage, case.offload, case.offload, overrides={"zero_optimization": bounds})
+            backend = Partitioned(device, ranks, zero)
+        # The model's code, threads, kernels and connections are there before anything is counted.
+        first = engine_for(replace(case, hidden=64, layers=1, vocabulary=128).config)
+        step(first, row_of(1, 16, 128))
+        first.close()
+        del first
+        before = _resident_bytes()
+        began = time.perf_counter()
+        engine = engine_for(case.config)
+        parameters = sum(_numel(parameter) for parameter in engine.model.parameters())
+        step(engine, small)
+        step(engine, full, full)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "measured": max(ranks.gather(peak - before)),
+            "tokens": len(full.input_ids),
+            "parameters": parameters,
+            "seconds": time.perf_counter() - began,
+        }
+
+
+def _numel(parameter: Any) -> int:
+    """Of the whole parameter, also where this rank holds a part of it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 @dataclass(frozen=True)
@@ -175,30 +229,52 @@ def _resident_bytes() -> int:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def launch(name: str) -> dict[str, float]:
+    """Measure a case in fresh processes."""
+    case = CASES[name]
+    command = [sys.executable]
+    if case.stage is not None:
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={case.ranks}"]
+        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    # Freed tensors go back to the system at once, so that resident memory is memory in use.
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ, **given_back}
+    done = subprocess.run(
+        [*command, __file__, "--measure", name], env=environment, text=True, stdout=subprocess.PIPE, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", choices=CASES)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES))
+    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.name}")
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(CASES[options.measure])))
+        found = measure(CASES[options.measure])
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found))
         return
-    print("| case | parameters | tokens | forecast, MiB | measured, MiB | forecast / measured | peak at |")
-    print("|---|---|---|---|---|---|---|")
-    for name in [options.case] if options.case else CASES:
-        case = CASES[name]
-        # Freed tensors go back to the system at once, so that resident memory is memory in use.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-        command = [sys.executable, __file__, "--measure", name]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        memory = forecast_memory(ModelShape.of(case.config), case.layout)
-        print(
-            f"| {name} | {found['parameters'] / 1e6:.1f} M | {found['tokens']:,.0f} | {memory.total / MIB:,.0f} "
-            f"| {found['measured'] / MIB:,.0f} | {memory.total / found['measured']:.2f} | {memory.peak.name} |",
-            flush=True,
+    lines = [
+        "| case | parameters | tokens | forecast, MiB | measured, MiB | forecast / measured | peak at |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    print(*lines, sep="\n")
+    for name in options.case:
+        found, forecast = launch(name), CASES[name].forecast_bytes
+        lines.append(
+            f"| {name} | {found['parameters'] / 1e6:.1f} M | {found['tokens']:,.0f} | {forecast / MIB:,.0f} "
+            f"| {found['measured'] / MIB:,.0f} | {forecast / found['measured']:.2f} "
+            f"| {CASES[name].forecast.peak.name} |"
         )
+        print(lines[-1], flush=True)
         print(f"{name}: {found['seconds']:.0f} s", file=sys.stderr, flush=True)
+    if options.write:
+        before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+        table = "\n".join(lines) + "\n"
+        DOCUMENT.write_text(before + BEGIN + table + END + rest.split(END, 1)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

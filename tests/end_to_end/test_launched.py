@@ -108,3 +108,13 @@ def test_help_under_a_launcher_is_printed_once(workplace: Workplace, launcher: s
     done = under(workplace, launcher, "--help")
     assert done.returncode == 0
     assert done.stdout.count("from preference data to a trained policy") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_plan_under_a_launcher_is_told_once_and_ends_all_ranks(workplace: Workplace, launcher: str) -> None:
+    words = ["hardware=deepspeed_zero3", "hardware.device=cpu", "plan=true", "run_dir=run"]
+    done = under(workplace, launcher, *workplace.defaults, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("layout: ZeRO stage 3, 2 workers") == 1
+    assert not (workplace.folder / "run").exists()

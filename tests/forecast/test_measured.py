@@ -14,7 +14,17 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-@pytest.mark.parametrize("case", ["small", "small, checkpointed", "adapters", "bfloat16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "small",
+        "small, checkpointed",
+        "adapters",
+        "bfloat16",
+        "ZeRO-2, 2 ranks, bfloat16",
+        "ZeRO-3, 2 ranks",
+    ],
+)
 def test_a_forecast_is_within_fifteen_percent_of_what_is_measured(case: str) -> None:
     command = [sys.executable, str(REPOSITORY / "scripts/bench/forecast.py"), "--case", case]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}

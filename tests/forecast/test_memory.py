@@ -11,7 +11,7 @@ import pytest
 from forecast_shapes import QWEN2_HALF_BILLION, QWEN2_SEVEN_BILLION
 
 from dpo_cli.forecast.cost import forecast_disk, forecast_step
-from dpo_cli.forecast.layout import MAX_SCORES_PER_CALL, Layout, LoraLayout, Row
+from dpo_cli.forecast.layout import MAX_SCORES_PER_CALL, REDUCE_BUCKET, Layout, LoraLayout, Row
 from dpo_cli.forecast.memory import (
     ACTIVATIONS,
     ATTENTION,
@@ -22,6 +22,7 @@ from dpo_cli.forecast.memory import (
     MASTERS,
     OPTIMIZER,
     PARAMETERS,
+    Moment,
     forecast_memory,
     trained_parameters,
 )
@@ -63,17 +64,72 @@ def test_rmsprop_keeps_one_moment_less() -> None:
 )
 def test_each_stage_divides_what_zero_says(stage: Any, divided: tuple[str, ...]) -> None:
     alone = forecast_memory(LARGE, ONE_GPU).stays
-    shared = forecast_memory(LARGE, replace(ONE_GPU, zero_stage=stage, workers=8)).stays
+    memory = forecast_memory(LARGE, replace(ONE_GPU, zero_stage=stage, workers=8))
     for line in (MASTERS, OPTIMIZER, GRADIENTS):
-        assert shared[line] == alone[line] // (8 if line in divided else 1)
-    # Stage 3 has a share of the weights, and those that are gathered: at most 1e9 at a time by DeepSpeed's default.
-    assert shared[PARAMETERS] == (2 * N // 8 + 2 * 10**9 if stage == 3 else 2 * N)
+        assert memory.stays[line] == alone[line] // (8 if line in divided else 1)
+    assert memory.stays[PARAMETERS] == (2 * N // 8 if stage == 3 else 2 * N)
+    # Beside its share stage 3 has the weights that are gathered: at most 1e9 at a time by DeepSpeed's default.
+    assert memory.at_most(PARAMETERS) == (2 * N // 8 + 2 * 10**9 if stage == 3 else 2 * N)
 
 
-def test_the_reduce_bucket_is_whole_and_no_larger_than_what_is_trained() -> None:
-    for stage in (1, 2, 3):
-        layout = replace(ONE_GPU, zero_stage=stage, workers=2)  # type: ignore[arg-type]
-        assert forecast_memory(SMALL, layout).stays[BUCKETS] == 4 * min(500_000_000, trained_parameters(SMALL, layout))
+def test_weights_are_gathered_from_others_only() -> None:
+    alone = replace(ONE_GPU, zero_stage=3, workers=1)
+    assert forecast_memory(SMALL, alone).at_most(PARAMETERS) == 2 * N_SMALL
+    # From the host they are fetched all the same.
+    fetched = forecast_memory(SMALL, replace(alone, offload_parameters="cpu"))
+    assert (fetched.stays[PARAMETERS], fetched.at_most(PARAMETERS)) == (0, 2 * N_SMALL)
+
+
+def moments(shape: ModelShape, layout: Layout) -> dict[str, Moment]:
+    return {moment.name: moment for moment in forecast_memory(shape, layout).moments}
+
+
+def test_gradients_are_exchanged_in_buckets_of_what_the_engine_asks_for() -> None:
+    reduced = "the reduction of gradients"
+    embedding = 151936 * 896
+    two = replace(ONE_GPU, workers=2)
+    # Whole copies: one tensor at a time, the largest of which is the embedding matrix.
+    assert moments(SMALL, replace(two, zero_stage=0))[reduced].lines[BUCKETS] == 4 * embedding
+    # Stage 1 in bfloat16: one copy of all. Stage 2: a bucket of rounded gradients; of the embeddings, which are larger
+    # than a bucket, a rounded copy and one in float32.
+    assert moments(SMALL, replace(two, zero_stage=1))[reduced].lines[BUCKETS] == 4 * N_SMALL
+    assert moments(SMALL, replace(two, zero_stage=2))[reduced].lines[BUCKETS] == 2 * 10**8 + (2 + 4) * embedding
+    # Stage 3 keeps its bucket, in float32, and sorts it by worker in a copy.
+    third = replace(two, zero_stage=3)
+    assert forecast_memory(SMALL, third).stays[BUCKETS] == 4 * 10**8
+    assert moments(SMALL, third)[reduced].lines[BUCKETS] == 4 * embedding
+    # Adapters do not fill one.
+    adapters = replace(third, lora=LoraLayout(16))
+    assert forecast_memory(SMALL, adapters).stays[BUCKETS] == 4 * trained_parameters(SMALL, adapters)
+
+
+def test_other_bounds_than_the_usual_are_counted() -> None:
+    third = replace(ONE_GPU, zero_stage=3, workers=8)
+    # On a GPU a bucket is as large as was asked for, whatever there is to fill it.
+    assert forecast_memory(SMALL, replace(third, reduce_bucket=6 * 10**8)).stays[BUCKETS] == 24 * 10**8
+    assert forecast_memory(SMALL, replace(third, reduce_bucket=10**6)).stays[BUCKETS] == 4 * 10**6
+    assert (
+        forecast_memory(LARGE, replace(third, live_parameters=2 * 10**9)).at_most(PARAMETERS) == 2 * N // 8 + 4 * 10**9
+    )
+    forward = "the forward pass of the last layer"
+    head = 152064 * 3584
+    assert moments(LARGE, third)[forward].lines[BUCKETS] == 2 * (5 * 10**7 + head)
+    assert moments(LARGE, replace(third, prefetch_bucket=10**7))[forward].lines[BUCKETS] == 2 * (10**7 + head)
+    step = "the optimiser's step"
+    assert moments(LARGE, third)[step].bytes == 4 * (N // 8)
+    # The norm of an eighth of the embeddings in float64 is more than what so few elements take to update.
+    assert moments(LARGE, replace(third, sub_group=10**8))[step].bytes == head
+    assert moments(LARGE, replace(third, sub_group=5 * 10**8))[step].bytes == 20 * 10**8
+
+
+def test_float32_gradients_of_a_parameter_across_two_shares_are_whole_on_both() -> None:
+    embedding = 151936 * 896
+    second = replace(ONE_GPU, bytes_per_weight=4, zero_stage=2)
+    # The share in which the embeddings end holds layers too, and the embeddings of all the shares before it.
+    for workers, shares in ((1, 1), (2, 1), (8, 3), (64, 18)):
+        assert (shares - 1) * N_SMALL / workers < embedding
+        held = forecast_memory(SMALL, replace(second, workers=workers)).stays[GRADIENTS]
+        assert held == pytest.approx(4 * shares * N_SMALL / workers, abs=4), workers
 
 
 def test_zero_copies_float32_weights_too() -> None:
@@ -88,11 +144,12 @@ def test_offload_moves_states_to_the_host_whole() -> None:
     layout = replace(ONE_GPU, zero_stage=3, workers=8)
     moved = forecast_memory(LARGE, replace(layout, offload_optimizer="cpu"))
     assert moved.stays.get(OPTIMIZER, 0) == moved.stays[MASTERS] == 0
-    # Master, two moments, gradient and the rounded weights that come back: 4 + 8 + 4 + 2 bytes.
-    assert moved.host == pytest.approx(18 * N, rel=1e-6)
+    # Master, two moments, the sum of the gradients and the one that the optimiser reads: 4 + 8 + 4 + 4 bytes.
+    assert moved.host == pytest.approx(20 * N, rel=1e-6)
+    assert moved.stays[GRADIENTS] == 0
     more = forecast_memory(LARGE, replace(layout, offload_optimizer="cpu", offload_parameters="cpu"))
     assert more.host - moved.host == pytest.approx(2 * N, rel=1e-6)
-    assert more.stays[PARAMETERS] == 2 * 10**9
+    assert (more.stays[PARAMETERS], more.at_most(PARAMETERS)) == (0, 2 * 10**9)
     nvme = forecast_memory(LARGE, replace(layout, offload_optimizer="nvme"))
     assert nvme.nvme == pytest.approx(12 * N, rel=1e-6)
 
@@ -169,6 +226,12 @@ def test_the_forecast_knows_the_bounds_of_head_and_attention() -> None:
 
     assert CHUNK_BYTES == head.CHUNK_BYTES
     assert MAX_SCORES_PER_CALL == attention.MAX_SCORES_PER_CALL
+
+
+def test_the_forecast_knows_the_engine_s_bucket() -> None:
+    from dpo_cli.engine.zero_config import BUCKET_ELEMENTS
+
+    assert REDUCE_BUCKET == BUCKET_ELEMENTS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -71,6 +71,48 @@ def test_a_plan_for_eight_workers_divides_by_eight(capsys: pytest.CaptureFixture
     assert re.search(r"optimiser states +7\.09 GiB", said)
 
 
+def test_a_plan_under_a_launcher_counts_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = check(compose(Request((*WORDS, "model.path=seven", "hardware=deepspeed_zero3"))))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert plan_run(config).layout.workers == 4
+
+
+def test_a_plan_counts_with_deepspeed_s_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WORDS, "model.path=seven", "hardware=deepspeed_zero3", "hardware.num_workers=8", "plan=true"]
+    options = {"reduce_bucket_size": "5e8", "stage3_max_live_parameters": "2000000000"}
+    assert (
+        main([*words, *(f"+hardware.deepspeed.zero_optimization.{key}={value}" for key, value in options.items())]) == 0
+    )
+    said = capsys.readouterr().out
+    # 2 bytes of an eighth of 7,615,616,512 weights and of 2e9 that are gathered.
+    assert re.search(r"parameters +5\.50 GiB +5\.50 GiB", said)
+    # A bucket of 5e8 in float32, a copy of the embeddings, 544,997,376, which are larger, and, as not all weights are
+    # kept for the backward pass, 5e7 of them and the head on their way in half precision.
+    assert re.search(r"communication +[\d.]+ GiB +5\.00 GiB", said)
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("reduce_bucket_size", "reduce_bucket"),
+        ("stage3_prefetch_bucket_size", "prefetch_bucket"),
+        ("prefetch_bucket_size", "prefetch_bucket"),
+        ("stage3_max_live_parameters", "live_parameters"),
+        ("sub_group_size", "sub_group"),
+    ],
+)
+def test_every_bound_of_deepspeed_s_reaches_the_layout(option: str, name: str) -> None:
+    words = (
+        *WORDS,
+        "model.path=seven",
+        "hardware=deepspeed_zero3",
+        f"+hardware.deepspeed.zero_optimization.{option}=7",
+    )
+    layout = plan_run(check(compose(Request(words))), Machine(on_gpu=True, device_bytes=None)).layout
+    assert getattr(layout, name) == 7
+
+
 def test_a_plan_tells_disk_and_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WORDS, "model.path=half", "hardware.device_tflops=100", "plan=true"]) == 0
     said = capsys.readouterr().out
