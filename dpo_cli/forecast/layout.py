@@ -21,6 +21,18 @@ class LoraLayout:
 
 
 @dataclass(frozen=True)
+class SamplingLayout:
+    """A policy that writes its own responses in training: prompt and response tokens that are in its cache at once.
+
+    longest: of a prompt with its response. frozen_reference: a copy of the reference stays in memory to score them.
+    """
+
+    tokens: int
+    longest: int
+    frozen_reference: bool
+
+
+@dataclass(frozen=True)
 class Layout:
     """zero_stage: None for a single device, 0 for whole copies on every worker, 1 to 3 for DeepSpeed's ZeRO.
 
@@ -44,6 +56,7 @@ class Layout:
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     momentum: bool = False
     on_gpu: bool = True
+    sampling: SamplingLayout | None = None
     reduce_bucket: int | None = None
     prefetch_bucket: int = 50_000_000
     live_parameters: int = 1_000_000_000

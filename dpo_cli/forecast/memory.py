@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpo_cli.forecast import partition
-from dpo_cli.forecast.layout import Layout, Row
+from dpo_cli.forecast.layout import Layout, Row, SamplingLayout
 from dpo_cli.forecast.shape import ModelShape
 
 GIB = 2**30
@@ -23,7 +23,12 @@ _NCCL = round(0.5 * GIB)
 PARAMETERS, MASTERS, GRADIENTS, OPTIMIZER = "parameters", "float32 masters", "gradients", "optimiser states"
 ACTIVATIONS, ATTENTION, HEAD = "activations", "attention buffers", "output head, by chunks"
 FLIGHT, BUCKETS, CONTEXT = "work in flight", "communication", "CUDA context"
-LINES = (PARAMETERS, MASTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, ATTENTION, HEAD, FLIGHT, BUCKETS, CONTEXT)
+REFERENCE, CACHE = "frozen reference", "key-value cache"
+LINES = (
+    PARAMETERS, REFERENCE, MASTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, ATTENTION, HEAD, CACHE, FLIGHT, BUCKETS, CONTEXT,
+)  # fmt: skip
+# The sampler's buffers have room for some more tokens than they hold.
+_CACHE_ROOM = 1.25
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,10 @@ def forecast_memory(shape: ModelShape, layout: Layout, row: Row | None = None) -
     """row: what goes through the model at once; by default a full one of pairs as long as they may be."""
     row = row or Row.of_pairs(layout.tokens, layout.longest)
     stays, host, nvme = _what_stays(shape, layout)
-    return Memory(stays, _moments(shape, layout, row), host, nvme)
+    moments = _moments(shape, layout, row)
+    if layout.sampling is not None:
+        moments += (_sampling_moment(shape, layout, layout.sampling, stays),)
+    return Memory(stays, moments, host, nvme)
 
 
 def _what_stays(shape: ModelShape, layout: Layout) -> tuple[dict[str, int], int, int]:
@@ -98,6 +106,8 @@ def _what_stays(shape: ModelShape, layout: Layout) -> tuple[dict[str, int], int,
         + (partition.bucket(layout, trained) if layout.zero_stage == 3 else 0),
         CONTEXT: (_CUDA_CONTEXT + (_NCCL if layout.workers > 1 else 0)) if layout.on_gpu else 0,
     }
+    if layout.sampling is not None and layout.sampling.frozen_reference:
+        stays[REFERENCE] = layout.bytes_per_weight * shape.parameters // layout.share(3)
     elsewhere = {"cpu": 0, "nvme": 0}
     if layout.offload_optimizer != "none":
         # What is moved there is moved with a float32 copy of the weights, whatever their own dtype.
@@ -106,8 +116,9 @@ def _what_stays(shape: ModelShape, layout: Layout) -> tuple[dict[str, int], int,
         elsewhere[layout.offload_optimizer] += moved * layout.workers
         elsewhere["cpu"] += partition.gradients_on_host(shape, layout, trained) * layout.workers
     if layout.offload_parameters != "none" and layout.zero_stage == 3:
-        elsewhere[layout.offload_parameters] += stays[PARAMETERS] * layout.workers
-        stays[PARAMETERS] = 0
+        for line in (PARAMETERS, REFERENCE):
+            elsewhere[layout.offload_parameters] += stays.get(line, 0) * layout.workers
+            stays[line] = 0
     return stays, elsewhere["cpu"], elsewhere["nvme"]
 
 
@@ -185,6 +196,23 @@ def _moments(shape: ModelShape, layout: Layout, row: Row) -> tuple[Moment, ...]:
         Moment("the reduction of gradients", {**reducing, BUCKETS: collecting + exchange}),
         Moment("the optimiser's step", {FLIGHT: partition.step(shape, layout, trained)}),
     )
+
+
+def _sampling_moment(shape: ModelShape, layout: Layout, sampling: SamplingLayout, stays: dict[str, int]) -> Moment:
+    """While the policy writes: its cache, a token's probabilities, and all weights where they are else partitioned."""
+    width, rows = layout.bytes_per_weight, max(1, sampling.tokens // sampling.longest)
+    cache = 2 * width * shape.layers * shape.key_width * sampling.tokens
+    # Prompts are read in one go; half of the tokens are taken to be theirs.
+    reading = width * (sampling.tokens // 2) * (2 * shape.mlp_width + 2 * shape.hidden)
+    # Logits, the same in float32, probabilities, and their sums in float64.
+    choosing = rows * shape.vocabulary * (width + 4 + 4 + 8)
+    lines = {CACHE: round(_CACHE_ROOM * cache), FLIGHT: max(reading, choosing)}
+    if layout.zero_stage == 3:
+        lines[PARAMETERS] = width * shape.parameters - stays[PARAMETERS]
+    if not layout.zero_stage:
+        # There are none before the step's first backward pass.
+        lines[GRADIENTS] = -stays[GRADIENTS]
+    return Moment("the sampling of responses", lines)
 
 
 def _layer_activations(shape: ModelShape, layout: Layout, row: Row) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from dpo_cli.config.shipped import choices
 from dpo_cli.engine.environment import is_worker, world_size
 from dpo_cli.errors import ModelError
 from dpo_cli.forecast.cost import Disk, Work, forecast_disk, forecast_step
-from dpo_cli.forecast.layout import Layout, LoraLayout
+from dpo_cli.forecast.layout import Layout, LoraLayout, SamplingLayout
 from dpo_cli.forecast.machine import Machine, find_machine
 from dpo_cli.forecast.memory import Memory, forecast_memory
 from dpo_cli.forecast.model_files import read_shape
@@ -100,6 +100,18 @@ def _bounds(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _sampling(config: Config) -> SamplingLayout | None:
+    """Of the shipped loss that samples; what a loss of the user's own declares is known only when it is imported."""
+    if config.loss.name != "pdpo" or not config.loss.parameters.get("gamma"):
+        return None
+    rollout = config.rollout
+    return SamplingLayout(
+        tokens=max(rollout.batch_tokens, config.data.max_tokens // 2 + rollout.max_new_tokens),
+        longest=config.data.max_tokens // 2 + rollout.max_new_tokens,
+        frozen_reference=config.model.lora is None or config.model.reference not in (None, "start"),
+    )
+
+
 def layout_of(config: Config, machine: Machine, *, workers: int) -> Layout:
     hardware = config.hardware
     model, optimizer, lora = config.model, config.optimizer, config.model.lora
@@ -120,5 +132,6 @@ def layout_of(config: Config, machine: Machine, *, workers: int) -> Layout:
         workers=workers if hardware.is_distributed else 1,
         offload_optimizer=hardware.offload_optimizer if hardware.is_distributed else "none",
         offload_parameters=hardware.offload_parameters if hardware.is_distributed else "none",
+        sampling=_sampling(config),
     )
     return replace(layout, **_bounds(hardware.deepspeed)) if hardware.zero_stage else layout

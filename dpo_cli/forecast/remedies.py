@@ -120,7 +120,11 @@ def _offload(change: Change, zero_groups: Sequence[str]) -> Iterator[Change]:
 
 def _adapters(change: Change, zero_groups: Sequence[str]) -> Iterator[Change]:
     if change.layout.lora is None:
-        yield change.further(replace(change.layout, lora=LoraLayout(_LORA_RANK)), f"model.lora.rank={_LORA_RANK}")
+        adapted = replace(change.layout, lora=LoraLayout(_LORA_RANK))
+        if adapted.sampling is not None:
+            # The policy without its adapters is the reference then.
+            adapted = replace(adapted, sampling=replace(adapted.sampling, frozen_reference=False))
+        yield change.further(adapted, f"model.lora.rank={_LORA_RANK}")
 
 
 _KINDS = {

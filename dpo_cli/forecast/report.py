@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dpo_cli.forecast.cost import ASSUMED_UTILISATION
 from dpo_cli.forecast.layout import Layout, longest_pair
-from dpo_cli.forecast.memory import CONTEXT, GIB, LINES, trained_parameters
+from dpo_cli.forecast.memory import CACHE, CONTEXT, GIB, LINES, REFERENCE, trained_parameters
 from dpo_cli.forecast.plan import Plan
 from dpo_cli.forecast.remedies import USABLE_SHARE
 
@@ -64,7 +64,7 @@ def _table(plan: Plan) -> Iterator[str]:
     memory = plan.memory
     yield f"{'memory per device':<{_WIDTH}}{'at the peak':>14}{'at most':>14}"
     for line in LINES:
-        if line != CONTEXT or plan.machine.on_gpu:
+        if memory.at_most(line) or line not in (CONTEXT, REFERENCE, CACHE):
             yield f"  {line:<{_WIDTH - 2}}{_gib(memory.at_peak(line)):>14}{_gib(memory.at_most(line)):>14}"
     yield f"  {'total':<{_WIDTH - 2}}{_gib(memory.total):>14}"
     yield f"The peak is {memory.peak.name}."
@@ -116,7 +116,12 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         f"Assumed: full rows of pairs with {half:,} tokens in the prompt and in each response (data.max_tokens="
         f"{plan.layout.longest:,}),"
     )
-    yield "every token scored, and a reference that is not held in memory during training. Measured: docs/memory.md."
+    held = plan.layout.sampling is not None and plan.layout.sampling.frozen_reference
+    yield f"every token scored, and a reference that is {'' if held else 'not '}held in memory during training."
+    if plan.layout.sampling is not None:
+        sampling = plan.layout.sampling
+        yield f"Samples of {sampling.longest - half:,} tokens, {sampling.tokens:,} tokens at once with their prompts."
+    yield "Measured: docs/memory.md."
 
 
 def _gib(size: float) -> str:

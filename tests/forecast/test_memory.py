@@ -11,17 +11,19 @@ import pytest
 from forecast_shapes import QWEN2_HALF_BILLION, QWEN2_SEVEN_BILLION
 
 from dpo_cli.forecast.cost import forecast_disk, forecast_step
-from dpo_cli.forecast.layout import MAX_SCORES_PER_CALL, REDUCE_BUCKET, Layout, LoraLayout, Row
+from dpo_cli.forecast.layout import MAX_SCORES_PER_CALL, REDUCE_BUCKET, Layout, LoraLayout, Row, SamplingLayout
 from dpo_cli.forecast.memory import (
     ACTIVATIONS,
     ATTENTION,
     BUCKETS,
+    CACHE,
     CHUNK_BYTES,
     GRADIENTS,
     HEAD,
     MASTERS,
     OPTIMIZER,
     PARAMETERS,
+    REFERENCE,
     Moment,
     forecast_memory,
     trained_parameters,
@@ -46,6 +48,32 @@ def test_float32_weights_are_their_own_masters_on_one_device() -> None:
     stays = forecast_memory(SMALL, replace(ONE_GPU, bytes_per_weight=4)).stays
     assert stays[PARAMETERS] == stays[GRADIENTS] == 4 * N_SMALL
     assert stays[MASTERS] == 0
+
+
+SAMPLING = SamplingLayout(tokens=32_768, longest=1024, frozen_reference=True)
+
+
+def test_a_policy_that_samples_keeps_its_reference_and_for_a_while_a_cache() -> None:
+    plain, sampling = forecast_memory(LARGE, ONE_GPU), forecast_memory(LARGE, replace(ONE_GPU, sampling=SAMPLING))
+    assert sampling.stays == plain.stays | {REFERENCE: 2 * N}
+    (moment,) = [each for each in sampling.moments if each.name == "the sampling of responses"]
+    # 28 layers of 4 key and 4 value heads of 128, two bytes each, and a quarter more room than is filled.
+    assert moment.lines[CACHE] == round(1.25 * 32_768 * 28 * 2 * 4 * 128 * 2)
+    assert moment.lines[GRADIENTS] == -4 * N
+    adapted = replace(ONE_GPU, lora=LoraLayout(16), sampling=replace(SAMPLING, frozen_reference=False))
+    assert REFERENCE not in forecast_memory(LARGE, adapted).stays
+
+
+def test_partitioned_weights_are_whole_while_the_policy_samples() -> None:
+    layout = replace(ONE_GPU, zero_stage=3, workers=8, sampling=SAMPLING)
+    memory = forecast_memory(LARGE, layout)
+    assert memory.stays[REFERENCE] == 2 * N // 8
+    (moment,) = [each for each in memory.moments if each.name == "the sampling of responses"]
+    assert memory.stays[PARAMETERS] + moment.lines[PARAMETERS] == 2 * N
+    offloaded = forecast_memory(LARGE, replace(layout, offload_parameters="cpu"))
+    assert offloaded.stays[REFERENCE] == 0
+    without = forecast_memory(LARGE, replace(layout, offload_parameters="cpu", sampling=None))
+    assert offloaded.host - without.host == 2 * N // 8 * 8
 
 
 def test_rmsprop_keeps_one_moment_less() -> None:
