@@ -16,6 +16,7 @@ from dpo_cli.data.conversations import is_transcript
 from dpo_cli.data.fields import RawColumns, has
 from dpo_cli.data.map_rows import (
     QUESTION_TEMPLATE,
+    read_answer,
     read_conversation,
     read_implicit_messages,
     read_message_pair,
@@ -43,6 +44,7 @@ CANONICAL_COLUMNS = (
     "conversations",
     "messages",
     "question",
+    "answer",
     "response_j",
     "response_k",
     "system",
@@ -196,6 +198,13 @@ FORMATS: tuple[Format, ...] = (
         ("prompt", "completion", *_EXTRA),
         lambda row: _all_present(row, "prompt", "completion"),
         partial(read_single, labelled=False),
+    ),
+    Format(
+        "question/answer",
+        "demonstrations",
+        ("question", "answer", *_EXTRA),
+        lambda row: _all_text(row, "question", "answer"),
+        read_answer,
     ),
     Format(
         "messages",

@@ -142,6 +142,12 @@ def read_single(row: RawColumns, template: str | None, *, labelled: bool) -> Row
     return Row(prompt=prompt, responses=(response,), levels=(0,), label=label, system=system, tools=fields.tools(row))
 
 
+def read_answer(row: RawColumns, template: str | None) -> Row:
+    prompt = _prompt_text(row, template, field="question")
+    answer = fields.filled_text(row, "answer")
+    return Row(prompt=prompt, responses=(answer,), levels=(0,), system=_system(row), tools=fields.tools(row))
+
+
 def read_conversation(row: RawColumns, template: str | None, *, field: str) -> Row:
     conversation = fields.messages(row, field)
     if len(conversation) < 2:

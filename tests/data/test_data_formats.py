@@ -103,6 +103,13 @@ def test_stack_exchange_questions_fill_the_template(prepare: Any, write_jsonl: A
     assert texts(other.train) == [("Q Why?\n", f"Tom has twelve.{EOS}", f"She sells.{EOS}")]
 
 
+def test_a_question_with_its_answer_is_a_demonstration(prepare: Any, write_jsonl: Any, texts: Any) -> None:
+    path = write_jsonl([{"question": "Eggs?", "answer": " Twelve.", "level": 3}])
+    assert texts(prepare(path, kind="demonstration").train) == [("Eggs?", f" Twelve.{EOS}")]
+    other = prepare(path, kind="demonstration", prompt_template="Q {question} ({level}):")
+    assert texts(other.train) == [("Q Eggs? (3):", f" Twelve.{EOS}")]
+
+
 def test_a_template_may_use_any_column(prepare: Any, write_jsonl: Any, texts: Any) -> None:
     rows = [{"topic": "eggs", "n": 3, "chosen": "Yes.", "rejected": "No."}]
     prepared = prepare(write_jsonl(rows), prompt_template="About {topic} ({n}):\n")
