@@ -1,4 +1,4 @@
-"""The command line of dpo-train, as far as it is not override words."""
+"""The command line, as far as it is not override words."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Arguments:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"The command line cannot be read: {message}.", hint="dpo-train --help")
+        raise ConfigError(f"The command line cannot be read: {message}.", hint=f"{self.prog} --help")
 
 
-def parse_arguments(words: Sequence[str]) -> Arguments:
+def parse_arguments(words: Sequence[str], *, program: str = "dpo-train") -> Arguments:
     """Raises ConfigError for an option that is incomplete; unknown ones become override words, reported with those."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = _Parser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")

@@ -1,9 +1,9 @@
-"""The text of dpo-train --help, written from the shipped configuration files."""
+"""The text of --help, written from the shipped configuration files."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dpo_cli.config.shipped import CONF_FOLDER, GROUPS, DocumentedKey, choices, documented_keys
 
@@ -45,18 +45,23 @@ _WIDTH = 110
 
 
 def help_text() -> str:
-    groups = [
+    return page(_HEAD, GROUPS, _FILES, _TAIL)
+
+
+def page(head: str, groups: Sequence[str], files: Sequence[tuple[str, str]], tail: str) -> str:
+    """head, the choices of groups, the keys of files (each with the section they are keys of), tail."""
+    listed = [
         textwrap.fill(f"  {group:<11}{', '.join(choices(group)) or '(none)'}", _WIDTH, subsequent_indent=" " * 13)
-        for group in GROUPS
+        for group in groups
     ]
-    keys = ["", "Keys: set with KEY=VALUE. Shown with their defaults.", *_keys()]
-    return _HEAD + "\n".join([*groups, *keys]) + _TAIL
+    keys = ["", "Keys: set with KEY=VALUE. Shown with their defaults.", *_keys(groups, files)]
+    return head + "\n".join([*listed, *keys]) + tail
 
 
-def _keys() -> Iterator[str]:
-    for name, section in _FILES:
+def _keys(groups: Sequence[str], files: Sequence[tuple[str, str]]) -> Iterator[str]:
+    for name, section in files:
         for key in documented_keys(CONF_FOLDER / name, section):
-            if key.meaning and key.name not in GROUPS and key.default:
+            if key.meaning and key.name not in groups and key.default:
                 yield _entry(key)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.config.secrets import mask_tokens
@@ -37,14 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code_of(lambda: dispatch(parse_arguments(words)))
 
 
-def exit_code_of(action: Callable[[], None]) -> int:
+def exit_code_of(action: Callable[[], None], *, program: str = "dpo-train") -> int:
     """Do something for the user; whatever it raises is told on the screen and becomes an exit code."""
     try:
         action()
         sys.stdout.flush()
         return 0
     except DpoError as error:
-        print(report(error), file=sys.stderr)
+        print(report(error, program=program), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
@@ -57,7 +57,7 @@ def exit_code_of(action: Callable[[], None]) -> int:
         mendable = as_mendable(error)
         if mendable is None:
             return _report_bug()
-        print(report(mendable), file=sys.stderr)
+        print(report(mendable, program=program), file=sys.stderr)
         return mendable.exit_code
     except Exception:
         return _report_bug()
@@ -83,7 +83,7 @@ def dispatch(arguments: Arguments, *, train: Train | None = None) -> None:
 
         print(help_text(), end="")
     elif arguments.version:
-        print(f"dpo-cli {_version()}")
+        print(f"dpo-cli {installed_version()}")
     elif arguments.resume is not None:
         _resume(arguments, train)
     elif arguments.sweep:
@@ -120,7 +120,7 @@ def _start(arguments: Arguments, train: Train) -> None:
     if problems or config is None:
         raise ConfigError(problems)
     if arguments.show_config:
-        _show(config)
+        show_settings(config.as_dict())
         return
     if config.plan:
         _plan(config)
@@ -132,10 +132,10 @@ def _start(arguments: Arguments, train: Train) -> None:
     train(config)
 
 
-def _show(config: Config) -> None:
+def show_settings(settings: dict[str, Any]) -> None:
     import yaml
 
-    print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True, width=120), end="")
+    print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120), end="")
 
 
 def _plan(config: Config) -> None:
@@ -180,7 +180,7 @@ def _resume(arguments: Arguments, train: Train) -> None:
         raise
     refuse_another_experiment(saved.settings, config.as_dict(), run_folder=str(folder))
     if arguments.show_config:
-        _show(config)
+        show_settings(config.as_dict())
         return
     if config.plan:
         _plan(config)
@@ -217,22 +217,22 @@ def _request(arguments: Arguments) -> Request:
     return Request(arguments.overrides, arguments.config_dir, arguments.config_name or "config")
 
 
-def report(error: DpoError) -> str:
+def report(error: DpoError, *, program: str = "dpo-train") -> str:
     problems = error.problems if isinstance(error, ConfigError) else (error,)
     lines = [str(problem) for problem in problems]
     if len(problems) > 1:
         lines.insert(0, f"{len(problems)} problems:")
     lines += getattr(error, "__notes__", [])
-    return mask_tokens("dpo-train: " + "\n".join(lines))
+    return mask_tokens(f"{program}: " + "\n".join(lines))
 
 
 def _report_bug() -> int:
     traceback.print_exc()
-    print(f"This is a bug of dpo-cli {_version()}, not of your input.", file=sys.stderr)
+    print(f"This is a bug of dpo-cli {installed_version()}, not of your input.", file=sys.stderr)
     return EXIT_BUG
 
 
-def _version() -> str:
+def installed_version() -> str:
     try:
         return version("dpo-cli")
     except PackageNotFoundError:

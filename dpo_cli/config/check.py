@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from dpo_cli.config.compose.composition import Composition
-from dpo_cli.config.contradictions import CHECKS, held_out_data_is_named_once
+from dpo_cli.config.contradictions import CHECKS, Check, held_out_data_is_named_once
 from dpo_cli.config.keys import known_keys
 from dpo_cli.config.loss_check import check_loss
-from dpo_cli.config.schema import OPTIMIZERS, Config
+from dpo_cli.config.schema import OPTIMIZERS, Config, Section
 from dpo_cli.config.secrets import looks_secret, mask
 from dpo_cli.config.shipped import GROUPS, is_shipped
 from dpo_cli.config.suggest import suggest_choice, suggest_key
 from dpo_cli.errors import ConfigError, DpoError
 
 MISSING = "???"
+C = TypeVar("C", bound=Section)
 _WANTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -41,26 +43,49 @@ _WANTED = {
 }
 
 
+@dataclass(frozen=True)
+class Rules(Generic[C]):
+    """What the configuration of a command must be.
+
+    known_keys: the names of all keys, given the values. groups: what is chosen by files. checks: what the values must
+    not say together. spared: keys that need not be given, given the values.
+    """
+
+    schema: type[C]
+    known_keys: Callable[[Mapping[str, Any]], list[str]]
+    groups: tuple[str, ...]
+    checks: tuple[Check, ...]
+    spared: Callable[[Mapping[str, Any]], frozenset[str]] = lambda values: frozenset()
+
+
 def check(composition: Composition) -> Config:
+    """The checked configuration of a training. Raises ConfigError holding every problem found."""
+    return check_by(TRAINING, composition)
+
+
+def check_by(rules: Rules[C], composition: Composition) -> C:
     """The checked configuration. Raises ConfigError holding every problem found."""
     problems = list(composition.problems)
-    config: Config | None = None
+    config: C | None = None
     if composition.values:
-        config, found = _check_values(composition)
+        config, found = _check_values(rules, composition)
         problems += found
     if config is None or problems:
         raise ConfigError(problems)
     return config
 
 
-def _check_values(composition: Composition) -> tuple[Config | None, list[DpoError]]:
+def _check_values(rules: Rules[C], composition: Composition) -> tuple[C | None, list[DpoError]]:
     values = composition.values
     problems: list[DpoError] = []
     faulty: set[str] = set()
 
     flat = dict(flatten(values))
+    spared = rules.spared(values)
     for key, value in flat.items():
-        if value == MISSING:
+        if value == MISSING and key in spared:
+            faulty.add(key)
+        elif value == MISSING:
             faulty.add(key)
             problems.append(_located(ConfigError(f"{key} must be given.", hint=f"{key}=..."), key, composition))
         elif looks_secret(key, value):
@@ -71,24 +96,24 @@ def _check_values(composition: Composition) -> tuple[Config | None, list[DpoErro
             )
             problems.append(_located(problem, key, composition))
 
-    config: Config | None = None
+    config: C | None = None
     try:
-        config = Config.model_validate(values)
+        config = rules.schema.model_validate(values)
     except ValidationError as error:
-        for key, problem in _schema_problems(error.errors(include_url=False), composition):
+        for key, problem in _schema_problems(error.errors(include_url=False), rules, composition):
             if key not in faulty:
                 faulty.add(key)
                 problems.append(problem)
 
     # Sections that are switched off pass the schema unread.
-    known = set(known_keys(values))
+    known = set(rules.known_keys(values))
     for key in flat:
-        if key.startswith(("model.lora.", "data.exact_match.")) and key not in known and key not in faulty:
+        if key.startswith(("model.lora.", "eval.task.")) and key not in known and key not in faulty:
             faulty.add(key)
-            problems.append(_located(_unknown(key, composition), key, composition))
+            problems.append(_located(_unknown(key, rules, composition), key, composition))
 
     loss = values.get("loss")
-    if isinstance(loss, Mapping):
+    if isinstance(loss, Mapping) and "loss" in rules.groups:
         found = check_loss(
             {key: value for key, value in loss.items() if f"loss.{key}" not in faulty}, composition.place
         )
@@ -102,9 +127,9 @@ def _check_values(composition: Composition) -> tuple[Config | None, list[DpoErro
         if isinstance(data, Mapping) and leaf in data and f"data.{leaf}" not in faulty:
             valid[f"data.{leaf}"] = data[leaf]
     valid |= {f"choice.{group}": choice for group, choice in composition.choices.items()}
-    checks = list(CHECKS)
+    checks = list(rules.checks)
     place = composition.place("data.eval_fraction")
-    if place is not None and not is_shipped(place):
+    if "data" in rules.groups and place is not None and not is_shipped(place):
         checks.append((held_out_data_is_named_once, ("data.eval", "data.eval_fraction")))
     for contradiction, keys in checks:
         if all(key in valid for key in keys) and (clash := contradiction(valid)):
@@ -131,14 +156,16 @@ def _located(problem: ConfigError, key: str, composition: Composition) -> Config
     return ConfigError(problem.message, where=where, hint=problem.hint)
 
 
-def _schema_problems(errors: Iterable[ErrorDetails], composition: Composition) -> Iterator[tuple[str, ConfigError]]:
+def _schema_problems(
+    errors: Iterable[ErrorDetails], rules: Rules[C], composition: Composition
+) -> Iterator[tuple[str, ConfigError]]:
     for error in errors:
         key = _key(error["loc"])
         if error["type"] == "extra_forbidden":
             for name, _ in flatten({key: error["input"]}):
-                yield name, _located(_unknown(name, composition), name, composition)
+                yield name, _located(_unknown(name, rules, composition), name, composition)
         elif error["type"] == "missing" and not isinstance(error["loc"][-1], int):
-            yield key, _located(_absent(key), key, composition)
+            yield key, _located(_absent(key, rules), key, composition)
         else:
             yield key, _located(_mistyped(key, error), key, composition)
 
@@ -151,11 +178,11 @@ def _key(location: tuple[int | str, ...]) -> str:
     return ".".join(map(str, parts))
 
 
-def _unknown(key: str, composition: Composition) -> ConfigError:
-    if key in GROUPS:
+def _unknown(key: str, rules: Rules[C], composition: Composition) -> ConfigError:
+    if key in rules.groups:
         return ConfigError(f"{key} is a choice of files, not a key.", hint=f"{key}=NAME on the command line")
     owner = _owner(key, composition)
-    hint = f"{owner} has it" if owner else suggest_key(key, [*known_keys(composition.values), *GROUPS])
+    hint = f"{owner} has it" if owner else suggest_key(key, [*rules.known_keys(composition.values), *rules.groups])
     return ConfigError(f"There is no key {key}.", hint=hint)
 
 
@@ -168,8 +195,8 @@ def _owner(key: str, composition: Composition) -> str | None:
     return None
 
 
-def _absent(key: str) -> ConfigError:
-    if key in GROUPS:
+def _absent(key: str, rules: Rules[C]) -> ConfigError:
+    if key in rules.groups:
         return ConfigError(f"No {key} is chosen.", hint=f"add it to the defaults list of your file, or {key}=NAME")
     return ConfigError(f"{key} must be given.", hint=f"{key}=...")
 
@@ -187,3 +214,6 @@ def _mistyped(key: str, error: ErrorDetails) -> ConfigError:
         return ConfigError(f"{key} has the wrong number of entries.")
     wanted = _WANTED.get(error["type"], error["msg"]).format(**context)
     return ConfigError(f"{key} must be {wanted}, not {mask(str(shown))}.")
+
+
+TRAINING = Rules(Config, known_keys, GROUPS, CHECKS)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.suggest import closest
+from dpo_cli.config.suggest import closest, suggest_choice
 from dpo_cli.errors import ConfigError
 from dpo_cli.paths import PACKAGE_SCHEME, resolve_path
 
 Values = Mapping[str, Any]
-_FILE_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")
+# What may be wrong with some values, and the keys it reads; asked only when every one of them is valid by itself.
+Check = tuple[Callable[[Values], ConfigError | None], tuple[str, ...]]
+FILE_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")
+# Those that need no function of the user's; rollout/verify.py tells what each does.
+_VERIFIERS = ("gsm8k", "gsm8k_flexible", "exact")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -173,29 +178,40 @@ def deepspeed_options_are_ours_to_leave(values: Values) -> ConfigError | None:
 
 
 def model_exists(values: Values) -> ConfigError | None:
-    return _missing_model("model.path", values["model.path"], local=values["choice.model"] == "local")
+    return missing_model("model.path", values["model.path"], local=values["choice.model"] == "local")
 
 
 def adapter_exists(values: Values) -> ConfigError | None:
-    return _missing_model("model.adapter", values["model.adapter"])
+    return missing_model("model.adapter", values["model.adapter"])
 
 
 def reference_exists(values: Values) -> ConfigError | None:
     if values["model.reference"] in ("start", "base"):
         return None
-    return _missing_model("model.reference", values["model.reference"])
+    return missing_model("model.reference", values["model.reference"])
 
 
 def training_data_exists(values: Values) -> ConfigError | None:
-    return _missing_source("data.train", values["data.train"], local=values["choice.data"] == "local")
+    return missing_source("data.train", values["data.train"], local=values["choice.data"] == "local")
 
 
 def held_out_data_exists(values: Values) -> ConfigError | None:
-    return _missing_source("data.eval", values["data.eval"], local=values["choice.data"] == "local")
+    return missing_source("data.eval", values["data.eval"], local=values["choice.data"] == "local")
 
 
 def problems_exist(values: Values) -> ConfigError | None:
-    return _missing_path("data.exact_match.problems", values["data.exact_match.problems"], local=True)
+    return missing_path("eval.task.problems", values["eval.task.problems"], local=True)
+
+
+def verifier_is_known(key: str, values: Values) -> ConfigError | None:
+    name = values[key]
+    if name is None or name in _VERIFIERS or "." in name:
+        return None
+    return ConfigError(
+        f"There is no verifier {name}.",
+        where=key,
+        hint=f"{suggest_choice(name, _VERIFIERS)}, or a function of yours as package.module.function",
+    )
 
 
 def held_out_data_is_named_once(values: Values) -> ConfigError | None:
@@ -209,7 +225,7 @@ def held_out_data_is_named_once(values: Values) -> ConfigError | None:
 
 
 def generator_prompts_exist(values: Values) -> ConfigError | None:
-    return _missing_source("data.generator", values["data.generator"], local=values["choice.data"] == "local")
+    return missing_source("data.generator", values["data.generator"], local=values["choice.data"] == "local")
 
 
 def generator_has_prompts(values: Values) -> ConfigError | None:
@@ -264,8 +280,7 @@ def resume_stands_alone(values: Values) -> ConfigError | None:
     )
 
 
-# Each check with the keys it reads; it is asked only when every one of them is valid by itself.
-CHECKS: tuple[tuple[Callable[[Values], ConfigError | None], tuple[str, ...]], ...] = (
+CHECKS: tuple[Check, ...] = (
     (rows_fit_a_microbatch, ("data.max_tokens", "tokens_per_microbatch")),
     (training_ends, ("epochs", "max_steps")),
     (warmup_ends, ("optimizer.warmup_steps", "max_steps")),
@@ -283,7 +298,8 @@ CHECKS: tuple[tuple[Callable[[Values], ConfigError | None], tuple[str, ...]], ..
     (reference_exists, ("model.reference",)),
     (training_data_exists, ("data.train", "choice.data")),
     (held_out_data_exists, ("data.eval", "choice.data")),
-    (problems_exist, ("data.exact_match.problems",)),
+    (problems_exist, ("eval.task.problems",)),
+    (partial(verifier_is_known, "eval.task.verifier"), ("eval.task.verifier",)),
     (generator_prompts_exist, ("data.generator", "choice.data")),
     (generator_has_prompts, ("loss.generator", "data.generator", "data.generator_fraction")),
     (generator_has_a_loss, ("loss._target_", "data.generator", "data.generator_fraction")),
@@ -292,20 +308,20 @@ CHECKS: tuple[tuple[Callable[[Values], ConfigError | None], tuple[str, ...]], ..
 )
 
 
-def _missing_source(key: str, value: Any, *, local: bool) -> ConfigError | None:
+def missing_source(key: str, value: Any, *, local: bool) -> ConfigError | None:
     entries = value if isinstance(value, list | tuple) else [value]
     paths = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in entries]
-    return next((problem for path in paths if (problem := _missing_path(key, path, local=local))), None)
+    return next((problem for path in paths if (problem := missing_path(key, path, local=local))), None)
 
 
-def _missing_model(key: str, path: Any, *, local: bool = False) -> ConfigError | None:
-    problem = _missing_path(key, path, local=local)
+def missing_model(key: str, path: Any, *, local: bool = False) -> ConfigError | None:
+    problem = missing_path(key, path, local=local)
     if problem is None and isinstance(path, str) and path and Path(resolve_path(path)).expanduser().is_file():
         return ConfigError(f"{path} is a file; a model is a folder.", where=key, hint=f"{key}={Path(path).parent}")
     return problem
 
 
-def _missing_path(key: str, path: Any, *, local: bool) -> ConfigError | None:
+def missing_path(key: str, path: Any, *, local: bool) -> ConfigError | None:
     """A problem when `path` can only mean a file or folder of this machine and there is none.
 
     local: a bare name, which could be one on the hub, means a file here; `owner/name` may be on the hub in any case.
@@ -315,7 +331,7 @@ def _missing_path(key: str, path: Any, *, local: bool) -> ConfigError | None:
     file = Path(resolve_path(path)).expanduser()
     if file.exists() or any(character in path for character in "*?["):  # the data room expands patterns
         return None
-    looks_local = path.startswith((".", "/", "~", PACKAGE_SCHEME)) or path.endswith(_FILE_ENDINGS)
+    looks_local = path.startswith((".", "/", "~", PACKAGE_SCHEME)) or path.endswith(FILE_ENDINGS)
     if not looks_local and _HUB_NAME.fullmatch(path) and ("/" in path or not local):
         return None
     if path.startswith(PACKAGE_SCHEME):

@@ -15,7 +15,7 @@ from dpo_cli.errors import ConfigError
 def known_keys(values: Mapping[str, Any]) -> list[str]:
     """Dotted names of all settings, those of the optimiser and the loss in use included."""
     optimizer = OPTIMIZERS[optimizer_name(values.get("optimizer"))]
-    keys = [key for key in _fields(Config) if not key.startswith(("optimizer", "loss"))]
+    keys = [key for key in fields_of(Config) if not key.startswith(("optimizer", "loss"))]
     keys += [f"optimizer.{name}" for name in optimizer.model_fields]
     return keys + [f"loss.{name}" for name in _loss_parameters(values.get("loss"))]
 
@@ -29,11 +29,12 @@ def _loss_parameters(section: Any) -> list[str]:
     return signature.names if signature is not None else []
 
 
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of a schema's keys, those of its sections included."""
     for name, field in model.model_fields.items():
         nested = [kind for kind in (field.annotation, *get_args(field.annotation)) if _is_model(kind)]
         if nested and get_origin(field.annotation) is not tuple:
-            yield from _fields(nested[0], f"{prefix}{name}.")
+            yield from fields_of(nested[0], f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 

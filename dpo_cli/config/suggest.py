@@ -71,7 +71,8 @@ def suggest_key(key: str, known: Iterable[str]) -> str | None:
         return f"did you mean {elsewhere[0]}?"
     if len(elsewhere) > 1:
         return f"did you mean one of {', '.join(elsewhere)}?"
-    if leaf in FOREIGN_KEYS:
+    sections = {name.partition(".")[0] for name in names}
+    if leaf in FOREIGN_KEYS and FOREIGN_KEYS[leaf].partition(".")[0] in sections:
         return f"did you mean {FOREIGN_KEYS[leaf]}?"
     if leaf in DERIVED_KEYS:
         return f"leave it out: {DERIVED_KEYS[leaf]}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
+from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.default_element import ResultDefault
 from hydra.core.object_type import ObjectType
@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpo_cli.config.compose.files import check_config_dir, open_repository
+from dpo_cli.config.compose.files import FilesOfGroups, check_config_dir, open_repository
 from dpo_cli.config.compose.overrides import parse_overrides
 from dpo_cli.config.secrets import mask, mask_tokens
-from dpo_cli.config.shipped import CONF_FOLDER, RECIPES_FOLDER, display_path
+from dpo_cli.config.shipped import CONF_FOLDER, GROUPS, RECIPES_FOLDER, display_path
 from dpo_cli.config.suggest import closest, suggest_choice
 from dpo_cli.errors import ConfigError, DpoError
 
@@ -30,11 +30,17 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asked for: override words, and the files they are laid over."""
+    """What a user asked for: override words, and the files they are laid over.
+
+    groups: those that this command has; what a file chooses in another means nothing, as when model=tiny brings its
+        data along. program: whose command line it is.
+    """
 
     overrides: tuple[str, ...] = ()
     config_dir: Path | None = None
     config_name: str = "config"
+    groups: tuple[str, ...] = GROUPS
+    program: str = "dpo-train"
 
 
 @dataclass(frozen=True)
@@ -84,16 +90,17 @@ def compose(request: Request, *, run_dir: str | None = None, started: time.struc
     run_dir: takes the place of whatever files and overrides say. started: the moment that ${now:} stands for.
     """
     register_resolvers(started or time.localtime())
-    overrides, problems = parse_overrides(request.overrides, sweep=False)
+    overrides, problems = parse_overrides(request.overrides, sweep=False, program=request.program)
     if request.config_dir is not None:
         problems += check_config_dir(request.config_dir)
         if not request.config_dir.is_dir():
             return Composition({}, {}, {}, tuple(problems))
-    files = CachingConfigRepository(open_repository(request.config_dir))
+    absent = frozenset(GROUPS) - set(request.groups)
+    files = FilesOfGroups(open_repository(request.config_dir), absent=absent)
     try:
         if not files.config_exists(request.config_name):
             raise _no_such_config(request)
-        choosing, setting = _split(overrides, files, problems)
+        choosing, setting = _split(overrides, files, absent, problems)
         config, places, choices = _merge_files(request.config_name, choosing, files)
     except ConfigError as error:
         return Composition({}, {}, {}, (*problems, error))
@@ -116,7 +123,7 @@ def compose(request: Request, *, run_dir: str | None = None, started: time.struc
 
 
 def _split(
-    overrides: Sequence[Override], files: IConfigRepository, problems: list[DpoError]
+    overrides: Sequence[Override], files: IConfigRepository, absent: frozenset[str], problems: list[DpoError]
 ) -> tuple[list[Override], list[Override]]:
     """Part overrides that choose a group's file from those that set a key; impossible choices become problems."""
     choosing: list[Override] = []
@@ -125,7 +132,7 @@ def _split(
         group, value = override.key_or_group, override.value()
         if group == "hydra" or override.is_hydra_override():
             problems.append(_hydra_settings(COMMAND_LINE, key=group))
-        elif not files.group_exists(group) or isinstance(value, dict):
+        elif group in absent or not files.group_exists(group) or isinstance(value, dict):
             setting.append(override)
         elif override.is_delete():
             choosing.append(override)

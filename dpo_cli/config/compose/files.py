@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.default_element import GroupDefault
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 
@@ -36,6 +38,23 @@ class RecipeSource(FileConfigSource):
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         return super().list("", results_filter) if config_path == _RECIPE_GROUP else []
+
+
+class FilesOfGroups(CachingConfigRepository):
+    """Every file read once. What one chooses in a group that the command does not have is left out of its defaults."""
+
+    def __init__(self, files: ConfigRepository, *, absent: frozenset[str]) -> None:
+        super().__init__(files)
+        self._absent = absent
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        loaded = super().load_config(config_path)
+        if loaded is None or not loaded.defaults_list or not self._absent:
+            return loaded
+        return replace(loaded, defaults_list=[default for default in loaded.defaults_list if not self._is_for(default)])
+
+    def _is_for(self, default: object) -> bool:
+        return isinstance(default, GroupDefault) and default.override and str(default.group).lstrip("/") in self._absent
 
 
 def _inside(config_path: str) -> str | None:

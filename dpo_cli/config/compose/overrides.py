@@ -14,13 +14,15 @@ from dpo_cli.errors import ConfigError, DpoError
 
 # Keys whose value is text to be taken as it stands: braces, commas and trailing spaces mean nothing to Hydra in them.
 # Escapes such as \n are decoded where the template is used, so that a YAML file may hold them as well.
-VERBATIM_KEYS = frozenset({"data.prompt_template"})
+VERBATIM_KEYS = frozenset({"data.prompt_template", "eval.task.prompt_template", "prompt_template"})
 
 
-def parse_overrides(words: Sequence[str], *, sweep: bool) -> tuple[list[Override], list[DpoError]]:
+def parse_overrides(
+    words: Sequence[str], *, sweep: bool, program: str = "dpo-train"
+) -> tuple[list[Override], list[DpoError]]:
     """Overrides in order, and a problem for every word that is none.
 
-    sweep: several values for a key, as in loss.beta=0.1,0.5, are allowed.
+    sweep: several values for a key, as in loss.beta=0.1,0.5, are allowed. program: whose command line it is.
     """
     # Without a config loader: it is needed for glob() sweeps over a group's choices only, which are refused below.
     parser = OverridesParser.create()
@@ -32,7 +34,7 @@ def parse_overrides(words: Sequence[str], *, sweep: bool) -> tuple[list[Override
         except ConfigError as error:
             problems.append(error)
             continue
-        if override.is_sweep_override() and (problem := _sweep_problem(override, sweep)):
+        if override.is_sweep_override() and (problem := _sweep_problem(override, sweep, program)):
             problems.append(problem)
         else:
             overrides.append(override)
@@ -86,15 +88,16 @@ def _verbatim(word: str, key: str, value: str) -> Override:
     )
 
 
-def _sweep_problem(override: Override, sweep: bool) -> ConfigError | None:
+def _sweep_problem(override: Override, sweep: bool, program: str) -> ConfigError | None:
     word = mask(str(override.input_line))
     key = override.key_or_group
     if not sweep:
         values = word.partition("=")[2]
+        sweeping = f"dpo-train -m {word} trains one after the other; " if program == "dpo-train" else ""
         return ConfigError(
             f"{word} gives {key} several values.",
             where="command line",
-            hint=f"dpo-train -m {word} trains one after the other; {key}=[{values}] is one list",
+            hint=f"{sweeping}{key}=[{values}] is one list",
         )
     if key in ("run_dir", "resume"):
         return ConfigError(
@@ -116,4 +119,4 @@ def _sweep_problem(override: Override, sweep: bool) -> ConfigError | None:
 
 def _without_dashes(word: str) -> str:
     bare = word.lstrip("-").replace("-", "_")
-    return f"{bare} (keys have no dashes)" if "=" in bare else "dpo-train --help lists the options"
+    return f"{bare} (keys have no dashes)" if "=" in bare else "--help lists the options"
