@@ -34,6 +34,7 @@ FLOORS = {
     "train.metric_sums": 3,
     "train": 4,
     "report": 5,
+    "evaluation": 5,
     "cli": 6,
     "__main__": 6,
 }

@@ -111,14 +111,14 @@ def read_saved_run(folder: Path) -> SavedRun:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process. Raises CheckpointError when another one trains in it."""
+def exclusive(folder: Path, *, doing: str = "training in this run folder") -> Iterator[None]:
+    """Hold the folder for this process. Raises CheckpointError when another one is `doing` the same."""
     with (folder / _LOCK_FILE).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                "Another process is training in this run folder.", where=str(folder), hint="wait for it, or stop it"
+                f"Another process is {doing}.", where=str(folder), hint="wait for it, or stop it"
             ) from None
         except OSError:
             pass  # a file system without locks

@@ -15,7 +15,7 @@ from torch import nn
 from dpo_cli.engine.interface import Engine, OptimizerSettings
 from dpo_cli.engine.ranks import ProcessRanks, Ranks, SoleRank
 from dpo_cli.engine.replicated import ReplicatedEngine
-from dpo_cli.engine.zero import ZeroEngine, import_deepspeed, partitioned_loading, partitioned_scoring
+from dpo_cli.engine.zero import ZeroEngine, gathered_weights, import_deepspeed, partitioned_loading, partitioned_scoring
 from dpo_cli.engine.zero_config import ZeroSettings, deepspeed_config
 
 # Data are prepared before the ranks meet; what keeps one busy after that (a slow disk, a large checkpoint) is no hang.
@@ -31,6 +31,9 @@ class Backend(Protocol):
 
     def scoring(self, packed: nn.Module, dtype: torch.dtype) -> AbstractContextManager[nn.Module]:
         """A model for forward passes alone; afterwards its memory can be given back."""
+
+    def whole(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While open, every rank holds a whole model that was read under `reading`, to generate with."""
 
     def training(self, packed: nn.Module, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> Engine:
         """The engine that trains `model`, seen through `packed`."""
@@ -48,6 +51,9 @@ class Replicated:
 
     def scoring(self, packed: nn.Module, dtype: torch.dtype) -> AbstractContextManager[nn.Module]:
         return nullcontext(packed)
+
+    def whole(self, model: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def training(self, packed: nn.Module, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> Engine:
         return ReplicatedEngine(packed, model, settings, self.ranks)
@@ -70,6 +76,9 @@ class Partitioned:
         if self._zero.stage < 3:
             return nullcontext(packed)
         return partitioned_scoring(packed, self._config(dtype))
+
+    def whole(self, model: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext() if self._zero.stage < 3 else gathered_weights(model)
 
     def training(self, packed: nn.Module, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> Engine:
         return ZeroEngine(packed, model, settings, zero=self._zero, dtype=dtype, device=self.device, ranks=self.ranks)

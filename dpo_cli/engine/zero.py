@@ -268,6 +268,13 @@ def partitioned_scoring(packed: nn.Module, config: Mapping[str, Any]) -> Iterato
         engine.destroy()
 
 
+def gathered_weights(model: nn.Module) -> AbstractContextManager[None]:
+    """While open, every rank holds all weights of a model that was read partitioned (ZeRO stage 3)."""
+    import deepspeed
+
+    return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(list(model.parameters())))
+
+
 @contextmanager
 def partitioned_loading(config: Mapping[str, Any]) -> Iterator[None]:
     """While open, from_pretrained keeps of every parameter only this rank's part (ZeRO stage 3)."""

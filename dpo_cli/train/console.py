@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 # Shown in this order when a metric is there; the rest is in metrics.jsonl.
@@ -47,6 +48,9 @@ class RunConsole:
 
     def heading(self, text: str) -> None:
         self._console.print(Text(text, style="bold"))
+
+    def show(self, table: Table) -> None:
+        self._console.print(table)
 
     @contextmanager
     def progress(self, what: str, total: int, done: int = 0) -> Iterator[None]:
