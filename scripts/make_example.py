@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from transformers import Qwen2Tokenizer as Tokenizer
 
 from dpo_cli.data.arithmetic import Problem, Split, problems
-from dpo_cli.rollout.exact_match import extract_answer
 from dpo_cli.rollout.generate import Sampling, generate
 from dpo_cli.rollout.noise import stream
+from dpo_cli.rollout.verify import extract_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMONSTRATIONS = 1500
@@ -122,8 +122,8 @@ def train_base(work: Path, *, seed: int) -> None:
         "data.train": "demonstrations.jsonl",
         "data.eval_fraction": 0,
         "data.max_tokens": 512,
-        "data.exact_match.problems": "validation.jsonl",
-        "data.exact_match.max_new_tokens": MAX_NEW_TOKENS,
+        "eval.task.problems": "validation.jsonl",
+        "eval.task.max_new_tokens": MAX_NEW_TOKENS,
         "loss": "sft_ref",
         "epochs": "null",
         "log_every": 100,
@@ -136,7 +136,7 @@ def train_base(work: Path, *, seed: int) -> None:
     }
     command = [sys.executable, "-m", "dpo_cli", *(f"{key}={value}" for key, value in settings.items())]
     subprocess.run(command, cwd=work, check=True)
-    solved = json.loads((work / "sft" / "exact_match.json").read_text())["after"]
+    solved = json.loads((work / "sft" / "task.json").read_text())["after"]
     if np.mean(solved) < LOWEST_BASE_ACCURACY:
         raise SystemExit(f"The base solves only {np.mean(solved):.0%} of the validation problems; try another --seed")
 

@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_cli
 from dpo_cli.data.arithmetic import problems, split_of
-from dpo_cli.rollout.exact_match import exact_match, extract_answer, load_problems, paired_difference
+from dpo_cli.rollout.answers import Drawing, solve
 from dpo_cli.rollout.generate import Sampling, generate
 from dpo_cli.rollout.noise import stream
+from dpo_cli.rollout.questions import Encoder, QuestionSettings, read_questions
+from dpo_cli.rollout.statistics import paired_difference
+from dpo_cli.rollout.verify import extract_answer, verifier_of
 
 EXAMPLE = Path(dpo_cli.__file__).parent / "example"
 # The seed and the number of samples that scripts/make_example.py makes the shipped files with.
@@ -87,11 +90,10 @@ def test_both_sides_of_the_pairs_are_answers_that_the_base_model_gives_when_samp
 
 
 def test_the_base_solves_most_test_problems_but_leaves_room(base, tokenizer):
-    solved = exact_match(
-        base, tokenizer, load_problems(EXAMPLE / "problems.jsonl", limit=500), max_new_tokens=48,
-        stop_token_ids=frozenset({tokenizer.eos_token_id}),
-    )  # fmt: skip
-    assert 0.5 < solved.mean() < 0.9
+    asked = read_questions(str(EXAMPLE / "problems.jsonl"), QuestionSettings(limit=500)).questions
+    encoder = Encoder(tokenizer, frozenset({tokenizer.eos_token_id}), chat=None, prompts=[])
+    solved = solve(base, encoder, asked, verifier_of("gsm8k"), Drawing(Sampling(48, temperature=0), 1, 0))
+    assert 0.5 < np.mean(solved) < 0.9
 
 
 def test_the_tokenizer_is_exact_gives_each_digit_a_token_and_never_merges_prompt_and_answer(tokenizer):
@@ -111,7 +113,7 @@ def test_plain_dpo_train_raises_held_out_accuracy_by_at_least_three_points(tmp_p
     environment = os.environ | {"DPO_STORE_DIR": str(tmp_path / "store")}
     command = [sys.executable, "-m", "dpo_cli", f"run_dir={tmp_path / 'run'}", "eval_every=0", "save_every=0"]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
-    outcome = json.loads((tmp_path / "run" / "exact_match.json").read_text())
+    outcome = json.loads((tmp_path / "run" / "task.json").read_text())
     difference = paired_difference(*(np.array(outcome[moment], dtype=bool) for moment in ("before", "after")))
     assert difference.gain >= 0.03
     assert difference.low > 0

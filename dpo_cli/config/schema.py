@@ -46,10 +46,19 @@ class DataSource(Section):
     name: Name | None = None
 
 
-class ExactMatchConfig(Section):
+class TaskConfig(Section):
+    """Problems that the policy solves by itself, beside held-out preferences."""
+
     problems: Name
+    verifier: Name
+    prompt_template: Name | None
     max_new_tokens: Count
     limit: Count | None
+    during: CountOrNever
+
+
+class EvalSection(Section):
+    task: Annotated[TaskConfig | None, BeforeValidator(lambda value: _off_without(value, "problems"))]
 
 
 # A path, or a list of paths or of {path, weight, ...}.
@@ -74,7 +83,6 @@ class DataConfig(Section):
     token_weights: Positive | None
     ranked_pairs: Literal["best_worst", "all"]
     workers: Count | None
-    exact_match: Annotated[ExactMatchConfig | None, BeforeValidator(lambda value: _off_without(value, "problems"))]
 
 
 class SamplingConfig(Section):
@@ -197,6 +205,7 @@ class Config(Section):
     plan: bool
     model: ModelConfig
     data: DataConfig
+    eval: EvalSection
     loss: LossConfig
     rollout: RolloutConfig
     optimizer: OptimizerConfig

@@ -14,7 +14,7 @@ from dpo_cli.errors import CheckpointError
 from dpo_cli.policy.export import FinalState, export_final
 from dpo_cli.policy.load import LoadedModel
 from dpo_cli.policy.model_card import Result, model_card
-from dpo_cli.rollout.exact_match import Difference
+from dpo_cli.rollout.statistics import Difference
 from dpo_cli.train.metrics_log import read_metrics
 from dpo_cli.train.objective import Objective
 from dpo_cli.train.parts import reference_name
@@ -90,7 +90,7 @@ def _held_out_results(metrics_file: Path, difference: Difference | None) -> list
     results = []
     if difference is not None:
         interval = (difference.low, difference.high)
-        results.append(Result("exact match", difference.before_mean, difference.after_mean, interval))
+        results.append(Result("task accuracy", difference.before_mean, difference.after_mean, interval))
     evaluations = [row for row in read_metrics(metrics_file) if row["split"] == "eval"]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]

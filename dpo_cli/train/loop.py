@@ -19,6 +19,7 @@ from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.metrics_log import MetricsLog
 from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.stop import StopRequest
+from dpo_cli.train.task_eval import TaskEvaluation
 from dpo_cli.train.trackers import Trackers
 
 # The group of a checkpoint that holds the states of random generators.
@@ -66,6 +67,7 @@ class Training:
     train: PreferenceData
     held_out: PreferenceData | None
     generator: Generator | None
+    task: TaskEvaluation | None
     schedule: Callable[[int], float]
     checkpoints: CheckpointStore
     metrics: MetricsLog
@@ -199,6 +201,9 @@ class Training:
                 tokens_per_microbatch=self.settings.tokens_per_microbatch,
                 should_stop=lambda: self.stop.agreed(self.ranks),
             )
+        if self.task is not None and metrics is not None:
+            solved = self.task.evaluate(self.engine, should_stop=lambda: self.stop.requested is not None)
+            metrics = None if solved is None else metrics | solved
         progress.evaluation_due = metrics is None
         if not metrics:
             return

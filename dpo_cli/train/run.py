@@ -47,7 +47,7 @@ from dpo_cli.train.parts import backend_of, build_loss, loop_settings, optimizer
 from dpo_cli.train.reference_pass import ReferencePass, release_memory
 from dpo_cli.train.run_data import RunData, run_data
 from dpo_cli.train.stop import StopRequest
-from dpo_cli.train.task_accuracy import TaskAccuracy, prompt_encoder
+from dpo_cli.train.task_eval import TaskEvaluation
 from dpo_cli.train.trackers import Trackers
 
 MANIFEST = "run.json"
@@ -125,9 +125,9 @@ class _Run:
         say(f"self-test: packed and plain forward agree to {tested.largest_difference:.0e} nats a token")
         if references is None:
             references = self._references(data, truths, engine.model, policy.dtype_name, store, settings)
-        accuracy = self._task_accuracy(data, policy)
-        if accuracy is not None:
-            accuracy.before(policy, engine, self.console)
+        task = self._task(data, policy)
+        if task is not None:
+            task.before(engine, self.console)
 
         training = Training(
             settings=settings,
@@ -137,6 +137,7 @@ class _Run:
             train=references.train,
             held_out=references.held_out,
             generator=None,
+            task=task,
             schedule=schedule_of(config.optimizer, total_steps=settings.total_steps),
             checkpoints=CheckpointStore(
                 self.run_dir / "checkpoints", keep=config.keep_checkpoints, ranks=self.ranks, notify=say
@@ -168,7 +169,7 @@ class _Run:
                 self._check_start(training)
             training.run(progress)
         self.stop.kept = f"All {progress.step} steps are saved; the final model is still to be written."
-        difference = None if accuracy is None else accuracy.after(policy, engine, self.console)
+        difference = None if task is None else task.after(engine, self.console)
         lora = config.model.lora
         state = final_state(policy, engine.gathered, merge=lora is None or lora.merge)
         if self.ranks.is_main:
@@ -317,12 +318,11 @@ class _Run:
             ),
         )
 
-    def _task_accuracy(self, data: RunData, policy: LoadedModel) -> TaskAccuracy | None:
-        settings = self.config.data.exact_match
+    def _task(self, data: RunData, policy: LoadedModel) -> TaskEvaluation | None:
+        settings = self.config.eval.task
         if settings is None:
             return None
-        encode = prompt_encoder(policy.tokenizer, chat=data.chat)
-        return TaskAccuracy.of(settings, encode, self.run_dir, self.ranks)
+        return TaskEvaluation.of(settings, policy, self.run_dir, self.ranks, chat=data.chat)
 
     def _resume(self, training: Training) -> Progress:
         training.checkpoints.recover()

@@ -200,14 +200,35 @@ def test_log_probs_that_came_with_the_data_are_used_and_checked(workplace: Workp
     assert "train.jsonl" in wrong.stderr
 
 
-def test_exact_match_is_measured_before_and_after_on_the_same_problems(workplace: Workplace) -> None:
+def test_task_accuracy_is_measured_before_during_and_after_on_the_same_problems(workplace: Workplace) -> None:
     write_jsonl(workplace.folder / "problems.jsonl", [{"prompt": f"echo : w{n}", "answer": str(n)} for n in range(8)])
-    exact_match = ["data.exact_match.problems=problems.jsonl", "data.exact_match.max_new_tokens=4"]
-    done = workplace.train(*exact_match, "run_dir=run")
+    task = ["eval.task.problems=problems.jsonl", "eval.task.max_new_tokens=4", "eval.task.verifier=checks.even"]
+    # About half of all texts have it, whatever the policy has learnt.
+    (workplace.folder / "checks.py").write_text(
+        "def even(response: str, truth: str) -> bool:\n    return sum(map(ord, response)) % 2 == 0\n"
+    )
+    done = workplace.shell(*workplace.defaults, *task, "eval.task.during=6", "max_steps=24", "run_dir=run")
     assert done.returncode == 0, done.stderr
-    assert "exact match on 8 held-out problems" in done.stdout
-    kept = json.loads((workplace.folder / "run" / "exact_match.json").read_text())
+    assert "task accuracy on 8 held-out problems" in done.stdout
+    kept = json.loads((workplace.folder / "run" / "task.json").read_text())
     assert len(kept["before"]) == len(kept["after"]) == 8
+    evaluations = workplace.metrics("run", "eval")
+    assert [row["step"] for row in evaluations] == [0, 6, 12, 18, 24]
+    assert evaluations[0]["task/accuracy"] == sum(kept["before"][:6]) / 6
+    assert evaluations[-1]["task/accuracy"] == sum(kept["after"][:6]) / 6
+    assert {*kept["before"], *kept["after"]} == {0, 1}
+
+
+def test_a_task_is_evaluated_without_held_out_pairs_and_moves_no_weight(workplace: Workplace) -> None:
+    write_jsonl(workplace.folder / "problems.jsonl", [{"prompt": f"echo : w{n}", "answer": str(n)} for n in range(8)])
+    alone = ["data.eval=null", "data.eval_fraction=0"]
+    task = ["eval.task.problems=problems.jsonl", "eval.task.max_new_tokens=4"]
+    assert workplace.train(*alone, "run_dir=without").returncode == 0
+    assert workplace.metrics("without", "eval") == []
+    assert workplace.train(*alone, *task, "run_dir=with").returncode == 0
+    evaluations = workplace.metrics("with", "eval")
+    assert [(row["step"], row["task/accuracy"]) for row in evaluations] == [(0, 0.0), (6, 0.0), (12, 0.0)]
+    assert_same_weights(workplace.final_weights("without"), workplace.final_weights("with"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_rows(workplace: Workplace) -> None:

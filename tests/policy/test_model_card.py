@@ -18,7 +18,7 @@ def card(**changes: object) -> str:
         "loss": "dpo",
         "formula": "-log sigmoid(beta * margin)",
         "config": {"loss": {"beta": 0.1}, "model": {"path": "Qwen/Qwen2-0.5B"}},
-        "results": [Result("exact match", 0.512, 0.5735, (0.03, 0.09)), Result("rewards/accuracies", 0.5, 0.71)],
+        "results": [Result("task accuracy", 0.512, 0.5735, (0.03, 0.09)), Result("rewards/accuracies", 0.5, 0.71)],
         "version": "0.1.0",
     }
     return model_card(**(values | changes))  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def test_the_whole_configuration_can_be_read_back() -> None:
 
 
 def test_results_show_before_after_change_and_interval() -> None:
-    assert "| exact match | 0.512 | 0.5735 | +0.0615 (95 % interval +0.03 to +0.09) |" in card()
+    assert "| task accuracy | 0.512 | 0.5735 | +0.0615 (95 % interval +0.03 to +0.09) |" in card()
     assert "| rewards/accuracies | 0.5 | 0.71 | +0.21 |" in card()
     assert "No held-out data was given." in card(results=[])
 
