@@ -59,7 +59,10 @@ LOSSES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """stage None: this tool's own engine. resumed_from: the stage that trains the first half, if another does."""
+    """stage None: this tool's own engine. resumed_from: the stage that trains the first half, if another does.
+
+    small_buckets: gradients are exchanged in several, and the largest of them alone.
+    """
 
     stage: int | None
     tied: bool = True
@@ -69,6 +72,7 @@ class Case:
     checkpointing: bool = False
     resumed_from: int | None = None
     dtype: torch.dtype = torch.float32
+    small_buckets: bool = False
 
     @property
     def name(self) -> str:
@@ -77,6 +81,7 @@ class Case:
         extras = [self.loss] * (self.loss != "dpo") + [self.optimizer] * (self.optimizer != "adamw")
         extras += ["checkpointing"] * self.checkpointing
         extras += [] if self.resumed_from is None else [f"resumed from stage {self.resumed_from}"]
+        extras += ["small buckets"] * self.small_buckets
         extras += ["bfloat16"] * (self.dtype == torch.bfloat16)
         return ", ".join([stage, model, *extras])
 
@@ -85,6 +90,8 @@ class Case:
         """The line of the condensed table that this case is part of."""
         if self.dtype == torch.bfloat16:
             return "every stage in bfloat16, whose noise this is"
+        if self.small_buckets:
+            return "ZeRO-1, 2 and 3, gradients exchanged in many buckets"
         if self.resumed_from is not None:
             return "stage 0, 1 or 3 for three steps, then resumed at 0, 2 or 3"
         if self.loss != "dpo":
@@ -104,6 +111,7 @@ def cases() -> list[Case]:
     found += [Case(stage, optimizer="rmsprop") for stage in (1, 3)]
     found += [Case(3, checkpointing=True)]
     found += [Case(to, resumed_from=start) for start in (0, 1, 3) for to in (0, 2, 3)]
+    found += [Case(stage, small_buckets=True) for stage in (1, 2, 3)]
     found += [Case(stage, dtype=torch.bfloat16) for stage in (0, 1, 2, 3)]
     return found
 
@@ -147,7 +155,9 @@ def model_of(case: Case) -> PackedModel:
 def engine_of(case: Case, stage: int | None, ranks: Ranks) -> Engine:
     backend: Backend = Replicated(CPU, SoleRank() if stage is None else ranks)
     if stage:
-        backend = Partitioned(CPU, ranks, ZeroSettings(stage))
+        # The embedding matrix has 1952 elements.
+        options = {"zero_optimization": {"reduce_bucket_size": 1600}} if case.small_buckets else {}
+        backend = Partitioned(CPU, ranks, ZeroSettings(stage, overrides=options))
     packed = model_of(case)
     settings = OptimizerSettings(case.optimizer, weight_decay=0.1, max_grad_norm=1.0)  # type: ignore[arg-type]
     return backend.training(packed, packed.model, settings, case.dtype)

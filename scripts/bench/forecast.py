@@ -257,6 +257,8 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(found))
         return
+    if options.write and options.case != list(CASES):
+        parser.error("--write needs all cases: leave --case out")
     lines = [
         "| case | parameters | tokens | forecast, MiB | measured, MiB | forecast / measured | peak at |",
         "|---|---|---|---|---|---|---|",

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import uuid
@@ -140,32 +139,6 @@ def test_ranks_that_another_launcher_has_started_train_the_same(workplace: Workp
     done = under(workplace, launcher, *workplace.defaults, "hardware=deepspeed_zero3", "run_dir=two", timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks" in done.stdout
-    assert_close_runs(workplace, "one", "two")
-
-
-@pytest.mark.slow
-def test_two_machines_with_a_launcher_each_train_what_one_does(workplace: Workplace) -> None:
-    """Two torchruns that meet over loopback, each with a rank of its own."""
-    assert workplace.train("run_dir=one", "store_dir=store_one").returncode == 0
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    torchrun = Path(DPO_TRAIN).with_name("torchrun")
-    nodes = [
-        subprocess.Popen(
-            [
-                torchrun, "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1", "--master-addr=127.0.0.1",
-                f"--master-port={port}", "-m", "dpo_cli", *workplace.defaults, "hardware=deepspeed_zero3",
-                "hardware.device=cpu", "run_dir=two",
-            ],
-            cwd=workplace.folder, env=workplace.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for node in (0, 1)
-    ]  # fmt: skip
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert "2 ranks" in outputs[0]
     assert_close_runs(workplace, "one", "two")
 
 
