@@ -107,7 +107,8 @@ def _hint(name: str, known: list[str]) -> str:
         loss for loss in choices("loss") if name in {key.name for key in documented_keys(files[f"loss/{loss}.yaml"])}
     ]
     if others:
-        return f"leave it out; {', '.join(f'loss={loss}' for loss in others)} has it"
+        have = "has it" if len(others) == 1 else "have it"
+        return f"leave it out; {' and '.join(f'loss={loss}' for loss in others)} {have}"
     if not known:
         return "leave it out: this loss has no parameters"
     found = closest(name, known)

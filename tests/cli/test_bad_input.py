@@ -23,7 +23,7 @@ CASES = {
     "key of another optimiser": ([REAL, "optimizer.momentum=0.9"], ["optimizer.momentum", "optimizer=rmsprop has it"]),
     "parameter of another loss": (
         [REAL, "loss=ipo", "loss.nll_alpha=1"],
-        ["no parameter nll_alpha", "loss=dpo has it"],
+        ["no parameter nll_alpha", "loss=dpo and loss=pdpo have it"],
     ),
     "misspelt group": (["modle=tiny", "model=qwen2-0.5b"], ["no key modle", "did you mean model?"]),
     "unknown model": (["model=qwen2-7c"], ["no model qwen2-7c", "did you mean qwen2-7b?", "llama3-8b"]),

@@ -65,8 +65,8 @@ def test_every_other_choice_composes(group: str) -> None:
 @pytest.mark.parametrize("recipe", choices("recipe"))
 def test_every_recipe_composes_once_its_files_are_there(recipe: str, user_folder: Path) -> None:
     for file in (
-        "gsm8k_pairs/train.jsonl", "gsm8k_pairs/eval.jsonl", "outputs/gsm8k_small_sft/final/config.json", "ranked.jsonl",
-        "gsm8k_sampled.jsonl", "generator.jsonl", "pairs_1.jsonl",
+        "gsm8k_pairs/train.jsonl", "gsm8k_pairs/eval.jsonl", "outputs/gsm8k_small_sft/final/config.json",
+        "ranked.jsonl", "gsm8k_sampled.jsonl", "generator.jsonl", "pairs_1.jsonl",
     ):  # fmt: skip
         (user_folder / file).parent.mkdir(parents=True, exist_ok=True)
         (user_folder / file).touch()
