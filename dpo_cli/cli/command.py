@@ -84,8 +84,7 @@ def _dispatch(command: Command, words: list[str]) -> None:
             where="RANK and WORLD_SIZE",
             hint=f"{command.name} hardware=deepspeed_zero1 hardware.num_workers=N, without a launcher",
         )
-    out = getattr(config, "out", None)
-    with _work_folder(out) as work:
+    with _work_folder(config.out) as work:
         _compute(command, config, work)
 
 
@@ -125,12 +124,13 @@ def _work_folder(out: str | None) -> Iterator[Path]:
         return
     folder = Path(f"{out}{_PARTIAL}")
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with exclusive(folder, doing="working for this file"):
+    with exclusive(folder, doing="working for this file"):
+        try:
             yield folder
-    finally:
-        if Path(out).exists() or not list(folder.glob("*/part-*.jsonl")):
-            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            # Only whoever holds the folder may clear it away.
+            if Path(out).exists() or not list(folder.glob("*/part-*.jsonl")):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _compute(command: Command, config: CommandConfig, work: Path) -> None:

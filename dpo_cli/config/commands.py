@@ -19,6 +19,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class CommandConfig(Section):
     """What both have: a policy, rows to read, and a place for what is found."""
 
+    out: Name | None
     store_dir: Name
     seed: Seed
     split: Name
@@ -59,7 +60,6 @@ Counts = Annotated[list[Count], BeforeValidator(_as_list)]
 
 class EvalConfig(CommandConfig):
     mode: Literal["task", "preferences", "rewards", "compare"]
-    out: Name | None
     prompts: Sources | None
     verifier: Name
     pass_at: Counts

@@ -140,7 +140,8 @@ class Session:
             self.say(f"{len(kept):,} prompts were answered before, and are kept")
         seconds = self._draw_missing(policy, missing, drawing, partial)
         self.ranks.barrier()
-        self.stop.kept = "All prompts were answered, and are kept."
+        if self.config.out is not None:
+            self.stop.kept = "All prompts were answered, and are kept."
         responses = partial.read()
         tokens = sum(len(ids) for number in missing for ids in responses[number])
         every = {question.number: ids for question, ids in zip(questions, encoded, strict=True)}
@@ -181,7 +182,8 @@ class Session:
         stopped = self.stop.agreed(self.ranks)
         finished = sum(self.ranks.gather(done))
         if stopped and finished < len(missing):
-            self.stop.check(f"{finished:,} of {len(missing):,} prompts were answered, and are kept.")
+            kept = "are kept" if self.config.out is not None else "are lost; with out=FILE they would be kept"
+            self.stop.check(f"{finished:,} of {len(missing):,} prompts were answered, and {kept}.")
         return max(self.ranks.gather(seconds))
 
     def response_logps(self, model: LoadedModel, examples: Examples, *, what: str) -> ReferenceSums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -217,6 +218,19 @@ def test_a_verifier_that_fails_costs_no_sample(folder: Path, monkeypatch: pytest
     again = sample(folder, *words)
     assert again.returncode == 0, again.stderr
     assert "40 prompts were answered before, and are kept" in again.stdout
+
+
+def test_two_commands_do_not_work_for_one_file_at_once(folder: Path) -> None:
+    work = folder / "s.jsonl.partial"
+    work.mkdir()
+    with (work / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = sample(folder, "out=s.jsonl")
+        assert done.returncode == 2
+        assert "Another process is working for this file" in done.stderr
+        assert (work / ".lock").exists(), "the other's folder is its own"
+    assert sample(folder, "out=s.jsonl", "limit=2").returncode == 0
+    assert not work.exists()
 
 
 def environment(folder: Path) -> dict[str, str]:
