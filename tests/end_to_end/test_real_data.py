@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-from .conftest import Workplace, write_jsonl
+from .conftest import DPO_TRAIN, Workplace, write_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -136,6 +137,61 @@ def test_gsm8k_pairs_on_two_ranks_of_zero3_then_one(tmp_path: Path, real_data: P
         exported.generate(**tokenizer(rows[0]["prompt"], return_tensors="pt"), max_new_tokens=20, do_sample=False)[0]
     )
     assert text.startswith(rows[0]["prompt"][:40])
+
+
+def test_the_published_pdpo_experiment_from_its_own_recipe_at_a_tiny_scale(tmp_path: Path, real_data: Path) -> None:
+    """GSM8K's own rows through sft_ref, dpo-sample, the recipe on two ranks of ZeRO-3, and dpo-eval."""
+    rows = (real_data / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
+    for name, part in (("taught", rows[:1500]), ("discriminator", rows[1500:1740]), ("generator", rows[1740:1800])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+    texts = (text for row in map(json.loads, rows) for text in (row["question"], row["answer"]))
+    model = random_model(tmp_path / "model", small_tokenizer(tmp_path / "tokenizer", real_data, texts, size=1024))
+    workplace = Workplace(tmp_path)
+
+    def called(command: str, *words: str) -> str:
+        done = subprocess.run(
+            [Path(DPO_TRAIN).with_name(command), *words], cwd=tmp_path, env=workplace.environment, timeout=TIMEOUT,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    called(
+        "dpo-train", "model=local", f"model.path={model}", "data=local", "data.train=taught.jsonl", "data.chat=true",
+        "data.max_tokens=512", "loss=sft_ref", "optimizer.lr=5e-3", "epochs=4", "global_pairs=16", "eval_every=0",
+        "run_dir=sft",
+    )  # fmt: skip
+    asked = ["chat=true", "verifier=gsm8k_flexible", "sampling.max_new_tokens=200"]
+    told = called(
+        "dpo-sample", "model=local", "model.path=sft", "prompts=discriminator.jsonl", "chosen=answer", "pairs=verified",
+        "sampling.samples_per_prompt=2", "out=gsm8k_sampled.jsonl", *asked,
+    )  # fmt: skip
+    print(told)
+    pairs = [json.loads(line) for line in (tmp_path / "gsm8k_sampled.jsonl").read_text().splitlines()]
+    assert len(pairs) > 120
+    assert pairs[0]["prompt"][-1]["role"] == "user"
+    told = called(
+        "dpo-train", "recipe=gsm8k_pdpo", "model=local", "model.path=sft/final", "hardware.num_workers=2",
+        "hardware.device=cpu", "rollout.max_new_tokens=200", "rollout.prompts_per_step=4", "global_pairs=16",
+        "epochs=2", "optimizer.lr=3e-4", "optimizer.warmup_steps=0", "data.eval_fraction=0.15", "run_dir=pdpo",
+        "eval_every=0", "log_every=5",
+    )  # fmt: skip
+    assert "2 ranks" in told
+    first, *_, last = workplace.metrics("pdpo", "eval")
+    assert first["loss"] == pytest.approx(LN2, abs=1e-5)
+    assert last["loss"] < first["loss"]
+    assert last["rewards/accuracies"] > first["rewards/accuracies"]
+    generated = workplace.metrics("pdpo", "train")
+    assert all(row["generator/staleness"] == 0 and row["generator/length"] > 10 for row in generated)
+    assert any(row["generator/eos_rate"] > 0 for row in generated)
+    test_rows = real_data / "gsm8k/test.jsonl"
+    told = called(
+        "dpo-eval", "model=local", "model.path=pdpo", "compare=sft", f"prompts={test_rows}", "limit=60",
+        "out=result.json", *asked,
+    )  # fmt: skip
+    print(told)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert "mcnemar" in json.dumps(result).lower()
 
 
 def conversations(folder: Path, real_data: Path) -> Path:
