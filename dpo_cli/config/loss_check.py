@@ -21,12 +21,14 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "gamma": (lambda value: value >= 0, "at least 0"),
     "gamma_warmup_steps": (lambda value: value >= 0, "at least 0"),
     "advantage_clip": (lambda value: value > 0, "greater than 0"),
+    "tau": (lambda value: 0 < value <= 1, "greater than 0 and at most 1"),
     "desirable_weight": (lambda value: value > 0, "greater than 0"),
     "undesirable_weight": (lambda value: value > 0, "greater than 0"),
 }
 _RANGES_OF_LOSS: Mapping[tuple[str, str], tuple[Callable[[float], bool], str]] = {
     # ORPO without its odds term is plain imitation, which is a legitimate control.
     ("orpo_loss", "beta"): (lambda value: value >= 0, "at least 0"),
+    ("exo_pair_loss", "label_smoothing"): (lambda value: 0 < value < 0.5, "greater than 0 and less than 0.5"),
 }
 _TYPES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "float": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),

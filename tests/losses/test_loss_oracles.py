@@ -14,16 +14,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
+from dpo_cli.losses.discopop import discopop_loss
 from dpo_cli.losses.dpo import dpo_loss
+from dpo_cli.losses.exo_pair import exo_pair_loss
 from dpo_cli.losses.hinge import hinge_loss
 from dpo_cli.losses.ipo import ipo_loss
 from dpo_cli.losses.kto import kto_loss
+from dpo_cli.losses.nca_pair import nca_pair_loss
 from dpo_cli.losses.orpo import orpo_loss
 from dpo_cli.losses.plackett_luce import plackett_luce_loss
 from dpo_cli.losses.robust_dpo import robust_dpo_loss
 from dpo_cli.losses.sft_ref import sft_ref_loss
+from dpo_cli.losses.sigmoid_norm import sigmoid_norm_loss
 from dpo_cli.losses.simpo import simpo_loss
+from dpo_cli.losses.sppo_hard import sppo_hard_loss
 from dpo_cli.losses.types import DemonstrationLogps, LossValues, PairLogps, RankedLogps, UnpairedLogps
 
 Array = NDArray[np.float64]
@@ -85,6 +91,36 @@ def apo_zero_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Ar
     return -sigmoid(beta * (w - rw)) + sigmoid(beta * (l_ - rl)) + 1.0
 
 
+def apo_down_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
+    r_w, r_l = beta * (w - rw), beta * (l_ - rl)
+    return sigmoid(r_w) - sigmoid(r_w - r_l) + 1.0
+
+
+def exo_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, eps: float) -> Array:
+    # KL(p || q) over the two responses: p the softmax of the rewards, q = (1 - eps, eps).
+    rewards = beta * np.stack([w - rw, l_ - rl])
+    log_p = rewards - np.logaddexp(*rewards)
+    log_q = np.log(np.array([[1 - eps], [eps]]))
+    return (np.exp(log_p) * (log_p - log_q)).sum(0)
+
+
+def nca_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
+    r_w, r_l = beta * (w - rw), beta * (l_ - rl)
+    # The chosen response counts as data, and both, each with weight 1/2, as samples of the reference.
+    return -(log_sigmoid(r_w) + (log_sigmoid(-r_w) + log_sigmoid(-r_l)) / 2)
+
+
+def sppo_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, eta: float) -> Array:
+    # (log-ratio - eta (P(y wins) - 1/2))^2 with P = 1 and P = 0.
+    return (w - rw - eta * (1 - 0.5)) ** 2 + (l_ - rl - eta * (0 - 0.5)) ** 2
+
+
+def discopop_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float) -> Array:
+    rho = beta * ((w - rw) - (l_ - rl))
+    blend = sigmoid(rho / 0.05)
+    return (1 - blend) * np.log(1 + np.exp(-rho)) + blend * np.exp(-rho)
+
+
 def simpo_oracle(
     w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, gamma: float
 ) -> Array:
@@ -118,6 +154,12 @@ PAIR_LOSSES = {
     "ipo of sums": (partial(ipo_loss, beta=0.2, average_logps=False), partial(ipo_sum_oracle, tau=0.2)),
     "hinge": (partial(hinge_loss, beta=0.1), partial(hinge_oracle, beta=0.1)),
     "apo_zero": (partial(apo_zero_loss, beta=0.1), partial(apo_zero_oracle, beta=0.1)),
+    "apo_down": (partial(apo_down_loss, beta=0.1), partial(apo_down_oracle, beta=0.1)),
+    "exo_pair": (partial(exo_pair_loss, beta=0.1, label_smoothing=0.02), partial(exo_oracle, beta=0.1, eps=0.02)),
+    "nca_pair": (partial(nca_pair_loss, beta=0.1), partial(nca_oracle, beta=0.1)),
+    "sppo_hard": (partial(sppo_hard_loss, beta=0.1), partial(sppo_oracle, eta=10.0)),
+    "discopop": (partial(discopop_loss, beta=0.05), partial(discopop_oracle, beta=0.05)),
+    "sigmoid_norm": (partial(sigmoid_norm_loss, beta=5.0), partial(average_dpo_oracle, beta=5.0)),
     "simpo": (partial(simpo_loss, beta=2.5, gamma=1.2), partial(simpo_oracle, beta=2.5, gamma=1.2)),
     "orpo": (partial(orpo_loss, beta=0.3), partial(orpo_oracle, lam=0.3)),
 }

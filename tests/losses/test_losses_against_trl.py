@@ -17,15 +17,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
+from dpo_cli.losses.discopop import discopop_loss
 from dpo_cli.losses.dpo import dpo_loss
+from dpo_cli.losses.exo_pair import exo_pair_loss
 from dpo_cli.losses.hinge import hinge_loss
 from dpo_cli.losses.ipo import ipo_loss
 from dpo_cli.losses.kto import kto_loss
+from dpo_cli.losses.nca_pair import nca_pair_loss
 from dpo_cli.losses.orpo import orpo_loss
 from dpo_cli.losses.robust_dpo import robust_dpo_loss
 from dpo_cli.losses.sft_ref import sft_ref_loss
+from dpo_cli.losses.sigmoid_norm import sigmoid_norm_loss
 from dpo_cli.losses.simpo import simpo_loss
+from dpo_cli.losses.sppo_hard import sppo_hard_loss
 from dpo_cli.losses.types import (
     DemonstrationLogps,
     LossValues,
@@ -193,6 +199,18 @@ DPO_TRAINER_LOSSES: dict[str, tuple[Callable[[PairLogps], LossValues], dict[str,
     "ipo": (partial(ipo_loss, beta=0.3), {"loss_type": "ipo", "beta": 0.3}),
     "hinge": (partial(hinge_loss, beta=0.1), {"loss_type": "hinge", "beta": 0.1}),
     "apo_zero": (partial(apo_zero_loss, beta=0.3), {"loss_type": "apo_zero", "beta": 0.3}),
+    "apo_down": (partial(apo_down_loss, beta=0.3), {"loss_type": "apo_down", "beta": 0.3}),
+    "exo_pair": (
+        partial(exo_pair_loss, beta=0.3, label_smoothing=0.01),
+        {"loss_type": "exo_pair", "beta": 0.3, "label_smoothing": 0.01},
+    ),
+    "nca_pair": (partial(nca_pair_loss, beta=0.3), {"loss_type": "nca_pair", "beta": 0.3}),
+    "sppo_hard": (partial(sppo_hard_loss, beta=0.3), {"loss_type": "sppo_hard", "beta": 0.3}),
+    "discopop": (
+        partial(discopop_loss, beta=0.3, tau=0.2),
+        {"loss_type": "discopop", "beta": 0.3, "discopop_tau": 0.2},
+    ),
+    "sigmoid_norm": (partial(sigmoid_norm_loss, beta=2.0), {"loss_type": "sigmoid_norm", "beta": 2.0}),
 }
 
 
