@@ -56,6 +56,8 @@ DECLARED = {
     "pdpo": Declaration(PairLogps, on_policy=True),
     "simpo": Declaration(PairLogps, needs_reference=False),
     "orpo": Declaration(PairLogps, needs_reference=False),
+    "aot": Declaration(PairLogps, couples_batch=True),
+    "aot_unpaired": Declaration(PairLogps, couples_batch=True),
     "kto": Declaration(UnpairedLogps, couples_batch=True),
     "plackett_luce": Declaration(RankedLogps),
     "sft_ref": Declaration(DemonstrationLogps, normaliser="tokens", needs_reference=False),

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from dpo_cli.losses.aot import aot_loss
+from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
 from dpo_cli.losses.discopop import discopop_loss
@@ -273,6 +275,41 @@ def test_kto_holds_its_reference_point_constant(data: st.DataObject) -> None:
 
     assert_values_and_gradients(result, oracle(p), {policy: differentiate(oracle, p), kl_policy: np.zeros_like(kp)})
     np.testing.assert_allclose(result.parts["kl"].numpy(), np.full(n, max(0.0, kl)), atol=1e-10)
+
+
+def aot_oracle(w: Array, l_: Array, rw: Array, rl: Array, *, beta: float, eps: float) -> float:
+    gap = beta * (np.sort(w - l_) - np.sort(rw - rl))
+    return float((-(1 - eps) * log_sigmoid(gap) - eps * log_sigmoid(-gap)).mean())
+
+
+def aot_unpaired_oracle(w: Array, l_: Array, rw: Array, rl: Array, *, beta: float, eps: float) -> float:
+    gap = beta * (np.sort(w - rw) - np.sort(l_ - rl))
+    return float((-(1 - eps) * log_sigmoid(gap) - eps * log_sigmoid(-gap)).mean())
+
+
+@pytest.mark.parametrize(("loss", "oracle"), [(aot_loss, aot_oracle), (aot_unpaired_loss, aot_unpaired_oracle)])
+@given(data=st.data(), eps=st.sampled_from([0.0, 0.2]))
+@settings(max_examples=60, deadline=None)
+def test_optimal_transport_compares_sorted_columns(
+    loss: Callable[..., LossValues], oracle: Callable[..., float], data: st.DataObject, eps: float
+) -> None:
+    n = data.draw(st.integers(1, 6))
+    (w, rw, nw), (l_, rl, nl) = data.draw(logps(n)), data.draw(logps(n))
+    sorted_by = (np.sort(w - l_), np.sort(rw - rl), np.sort(w - rw), np.sort(l_ - rl))
+    if any((np.diff(column) < 1e-3).any() for column in sorted_by):
+        return  # where two change places there is no derivative
+    chosen, rejected = torch.from_numpy(w).requires_grad_(), torch.from_numpy(l_).requires_grad_()
+
+    result = loss(PairLogps(chosen, rejected, *map(torch.from_numpy, (rw, rl, nw, nl))), beta=0.1, label_smoothing=eps)
+
+    mean = result.values.mean()
+    assert mean.item() == pytest.approx(oracle(w, l_, rw, rl, beta=0.1, eps=eps), rel=1e-11, abs=1e-12)
+    found = torch.autograd.grad(mean, (chosen, rejected))
+    for place in range(n):
+        step = np.eye(n)[place] * 1e-5
+        for slope, up, down in ((found[0], (w + step, l_), (w - step, l_)), (found[1], (w, l_ + step), (w, l_ - step))):
+            ends = [oracle(*side, rw, rl, beta=0.1, eps=eps) for side in (up, down)]
+            assert slope[place].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-8)
 
 
 def test_sft_ref_is_the_mean_cross_entropy_once_divided_by_tokens() -> None:

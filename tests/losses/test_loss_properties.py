@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_cli.errors import LossInputError
+from dpo_cli.losses.aot import aot_loss
+from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
 from dpo_cli.losses.discopop import discopop_loss
@@ -48,6 +50,9 @@ WITH_REFERENCE: dict[str, PairLoss] = {
     "sppo_hard": partial(sppo_hard_loss, beta=0.25),
     "discopop": partial(discopop_loss, beta=0.1),
     "sigmoid_norm": partial(sigmoid_norm_loss, beta=5.0),
+    "aot": partial(aot_loss, beta=0.1),
+    "aot, smoothed": partial(aot_loss, beta=0.1, label_smoothing=0.2),
+    "aot_unpaired": partial(aot_unpaired_loss, beta=0.1),
 }
 WITHOUT_REFERENCE: dict[str, PairLoss] = {
     "dpo, reference-free": partial(dpo_loss, beta=0.1, reference_free=True),
@@ -99,6 +104,9 @@ def swapped(pair: PairLogps) -> PairLogps:
         ("sppo_hard", 1 / (2 * 0.25**2)),
         ("discopop", (1 + math.log(2)) / 2),
         ("sigmoid_norm", math.log(2)),
+        ("aot", math.log(2)),
+        ("aot, smoothed", math.log(2)),
+        ("aot_unpaired", math.log(2)),
     ],
 )
 def test_a_policy_equal_to_its_reference_has_the_known_start_value(name: str, start: float, dtype: torch.dtype) -> None:
@@ -217,6 +225,28 @@ def test_discopop_is_dpo_where_the_ranking_is_wrong_and_exponential_where_it_is_
     # The dip just below 0 that the docstring warns of: a minimum between higher values.
     at = [loss(one_pair(margin, 0.0)).values.item() for margin in (-3.0, -1.2, 0.0)]
     assert at[1] < at[0] and at[1] < at[2]
+
+
+@pytest.mark.parametrize("loss", [aot_loss, aot_unpaired_loss])
+@given(ratios=st.tuples(log_ratios, log_ratios), smoothing=st.floats(0, 0.45))
+@settings(deadline=None, max_examples=30)
+def test_optimal_transport_of_one_pair_is_dpo(
+    loss: Callable[..., LossValues], ratios: tuple[float, float], smoothing: float
+) -> None:
+    pair = one_pair(*ratios)
+    expected = dpo_loss(pair, beta=0.1, label_smoothing=smoothing).values
+    torch.testing.assert_close(loss(pair, beta=0.1, label_smoothing=smoothing).values, expected, rtol=1e-12, atol=0)
+
+
+@given(permutation=st.permutations(range(6)))
+@settings(deadline=None, max_examples=20)
+def test_unpaired_transport_does_not_ask_who_stands_beside_whom(permutation: list[int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    w, l_, rw, rl = (-torch.rand(6, dtype=torch.float64, generator=generator) * 40 for _ in range(4))
+    tokens = torch.full((6,), 20.0).double()
+    beside = aot_unpaired_loss(PairLogps(w, l_, rw, rl, tokens, tokens), beta=0.3).values
+    elsewhere = PairLogps(w, l_[permutation], rw, rl[permutation], tokens, tokens)
+    torch.testing.assert_close(aot_unpaired_loss(elsewhere, beta=0.3).values, beside)
 
 
 @given(ratios=st.lists(log_ratios, min_size=2, max_size=2), beta=st.floats(0.01, 1))

@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_cli.losses.aot import aot_loss
+from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
 from dpo_cli.losses.discopop import discopop_loss
@@ -211,6 +213,14 @@ DPO_TRAINER_LOSSES: dict[str, tuple[Callable[[PairLogps], LossValues], dict[str,
         {"loss_type": "discopop", "beta": 0.3, "discopop_tau": 0.2},
     ),
     "sigmoid_norm": (partial(sigmoid_norm_loss, beta=2.0), {"loss_type": "sigmoid_norm", "beta": 2.0}),
+    "aot": (
+        partial(aot_loss, beta=0.3, label_smoothing=0.1),
+        {"loss_type": "aot", "beta": 0.3, "label_smoothing": 0.1},
+    ),
+    "aot_unpaired": (
+        partial(aot_unpaired_loss, beta=0.3, label_smoothing=0.1),
+        {"loss_type": "aot_unpaired", "beta": 0.3, "label_smoothing": 0.1},
+    ),
 }
 
 

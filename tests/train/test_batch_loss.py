@@ -20,6 +20,8 @@ from dpo_cli.engine.interface import OptimizerSettings
 from dpo_cli.engine.ranks import SoleRank
 from dpo_cli.engine.replicated import ReplicatedEngine
 from dpo_cli.errors import NonFiniteError
+from dpo_cli.losses.aot import aot_loss
+from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.losses.kto import kto_loss
 from dpo_cli.losses.pdpo import pdpo_loss
@@ -99,6 +101,8 @@ def gradient(loss: Callable[..., Any], micros: list[MicroBatch]) -> tuple[float,
 LOSSES = {
     "dpo": (functools.partial(dpo_loss, beta=0.3, nll_alpha=0.5), 2),
     "kto": (functools.partial(kto_loss, beta=0.3), 2),
+    "aot": (functools.partial(aot_loss, beta=0.3), 2),
+    "aot_unpaired": (functools.partial(aot_unpaired_loss, beta=0.3), 2),
     "plackett_luce": (functools.partial(plackett_luce_loss, beta=0.3), 3),
     "sft_ref": (sft_ref_loss, 2),
 }
