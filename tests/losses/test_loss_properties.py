@@ -39,6 +39,9 @@ WITH_REFERENCE: dict[str, PairLoss] = {
     "dpo": partial(dpo_loss, beta=0.1),
     "dpo, smoothed": partial(dpo_loss, beta=0.1, label_smoothing=0.2),
     "dpo of averages": partial(dpo_loss, beta=2.0, average_logps=True),
+    "dpo, forward_kl": partial(dpo_loss, beta=0.1, f_divergence="forward_kl"),
+    "dpo, js_divergence": partial(dpo_loss, beta=0.1, f_divergence="js_divergence"),
+    "dpo, alpha_divergence": partial(dpo_loss, beta=0.1, f_divergence="alpha_divergence", f_alpha=0.3),
     "robust_dpo": partial(robust_dpo_loss, beta=0.1, label_smoothing=0.2),
     "ipo": partial(ipo_loss, beta=0.25),
     "ipo of sums": partial(ipo_loss, beta=0.25, average_logps=False),
@@ -93,6 +96,9 @@ def swapped(pair: PairLogps) -> PairLogps:
         ("dpo", math.log(2)),
         ("dpo, smoothed", math.log(2)),
         ("dpo of averages", math.log(2)),
+        ("dpo, forward_kl", math.log(2)),
+        ("dpo, js_divergence", math.log(2)),
+        ("dpo, alpha_divergence", math.log(2)),
         ("robust_dpo", math.log(2)),
         ("ipo", 1 / (4 * 0.25**2)),
         ("ipo of sums", 1 / (4 * 0.25**2)),
@@ -225,6 +231,23 @@ def test_discopop_is_dpo_where_the_ranking_is_wrong_and_exponential_where_it_is_
     # The dip just below 0 that the docstring warns of: a minimum between higher values.
     at = [loss(one_pair(margin, 0.0)).values.item() for margin in (-3.0, -1.2, 0.0)]
     assert at[1] < at[0] and at[1] < at[2]
+
+
+@given(ratios=st.tuples(st.floats(-20, 20), st.floats(-20, 20)))
+@settings(deadline=None, max_examples=30)
+def test_alpha_divergence_goes_from_forward_to_reverse_kl(ratios: tuple[float, float]) -> None:
+    pair = one_pair(*ratios)
+    alpha = partial(dpo_loss, beta=0.1, f_divergence="alpha_divergence")
+    forward = dpo_loss(pair, beta=0.1, f_divergence="forward_kl").values
+    torch.testing.assert_close(alpha(pair, f_alpha=0.0).values, forward)
+    plain = dpo_loss(pair, beta=0.1).values
+    torch.testing.assert_close(alpha(pair, f_alpha=1.0).values, plain, rtol=0, atol=0)
+    torch.testing.assert_close(alpha(pair, f_alpha=1 - 2e-6).values, plain, rtol=1e-3, atol=1e-6)
+
+
+def test_another_divergence_than_dpos_needs_its_reference() -> None:
+    with pytest.raises(LossInputError, match="reference_free"):
+        dpo_loss(one_pair(0.0, 0.0), beta=0.1, f_divergence="forward_kl", reference_free=True)
 
 
 @pytest.mark.parametrize("loss", [aot_loss, aot_unpaired_loss])

@@ -194,6 +194,27 @@ DPO_TRAINER_LOSSES: dict[str, tuple[Callable[[PairLogps], LossValues], dict[str,
         partial(dpo_loss, beta=2.0, average_logps=True),
         {"loss_type": "sigmoid_norm", "beta": 2.0},
     ),
+    "dpo, forward_kl": (
+        partial(dpo_loss, beta=0.3, f_divergence="forward_kl"),
+        {"loss_type": "sigmoid", "beta": 0.3, "f_divergence_type": "forward_kl"},
+    ),
+    "dpo, js_divergence": (
+        partial(dpo_loss, beta=0.3, f_divergence="js_divergence"),
+        {"loss_type": "sigmoid", "beta": 0.3, "f_divergence_type": "js_divergence"},
+    ),
+    "dpo, alpha_divergence": (
+        partial(dpo_loss, beta=0.3, f_divergence="alpha_divergence", f_alpha=0.7),
+        {
+            "loss_type": "sigmoid",
+            "beta": 0.3,
+            "f_divergence_type": "alpha_divergence",
+            "f_alpha_divergence_coef": 0.7,
+        },
+    ),
+    "dpo of averages, js_divergence": (
+        partial(dpo_loss, beta=2.0, average_logps=True, f_divergence="js_divergence"),
+        {"loss_type": "sigmoid_norm", "beta": 2.0, "f_divergence_type": "js_divergence"},
+    ),
     "robust_dpo": (
         partial(robust_dpo_loss, beta=0.3, label_smoothing=0.2),
         {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2},
