@@ -55,6 +55,7 @@ DECLARED = {
     "sigmoid_norm": PAIR,
     "pdpo": Declaration(PairLogps, on_policy=True),
     "simpo": Declaration(PairLogps, needs_reference=False),
+    "cpo": Declaration(PairLogps, needs_reference=False),
     "orpo": Declaration(PairLogps, needs_reference=False),
     "aot": Declaration(PairLogps, couples_batch=True),
     "aot_unpaired": Declaration(PairLogps, couples_batch=True),

@@ -18,6 +18,7 @@ from dpo_cli.losses.aot import aot_loss
 from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
+from dpo_cli.losses.cpo import cpo_loss
 from dpo_cli.losses.discopop import discopop_loss
 from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.losses.exo_pair import exo_pair_loss
@@ -136,6 +137,19 @@ def simpo_oracle(
     return -log_sigmoid(beta / nw * w - beta / nl * l_ - gamma)
 
 
+def cpo_oracle(
+    w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, alpha: float, eps: float = 0.0
+) -> Array:
+    prefer = -(1 - eps) * log_sigmoid(beta * (w - l_)) - eps * log_sigmoid(beta * (l_ - w))
+    return prefer - alpha * w / nw
+
+
+def cpo_simpo_oracle(
+    w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, beta: float, gamma: float, alpha: float
+) -> Array:
+    return simpo_oracle(w, l_, rw, rl, nw, nl, beta=beta, gamma=gamma) + alpha * -w / nw
+
+
 def orpo_oracle(w: Array, l_: Array, rw: Array, rl: Array, nw: Array, nl: Array, *, lam: float) -> Array:
     # Extended precision: odds are a quotient of numbers near one.
     p_w, p_l = np.exp(w.astype(np.longdouble) / nw), np.exp(l_.astype(np.longdouble) / nl)
@@ -182,6 +196,15 @@ PAIR_LOSSES = {
     "discopop": (partial(discopop_loss, beta=0.05), partial(discopop_oracle, beta=0.05)),
     "sigmoid_norm": (partial(sigmoid_norm_loss, beta=5.0), partial(average_dpo_oracle, beta=5.0)),
     "simpo": (partial(simpo_loss, beta=2.5, gamma=1.2), partial(simpo_oracle, beta=2.5, gamma=1.2)),
+    "simpo with nll": (
+        partial(simpo_loss, beta=2.5, gamma=1.2, nll_alpha=0.7),
+        partial(cpo_simpo_oracle, beta=2.5, gamma=1.2, alpha=0.7),
+    ),
+    "cpo": (partial(cpo_loss, beta=0.1), partial(cpo_oracle, beta=0.1, alpha=1.0)),
+    "cpo, smoothed": (
+        partial(cpo_loss, beta=0.1, nll_alpha=0.4, label_smoothing=0.2),
+        partial(cpo_oracle, beta=0.1, alpha=0.4, eps=0.2),
+    ),
     "orpo": (partial(orpo_loss, beta=0.3), partial(orpo_oracle, lam=0.3)),
 }
 
@@ -351,6 +374,15 @@ def test_sft_ref_is_the_mean_cross_entropy_once_divided_by_tokens() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("cpo", 1.0), ("simpo with nll", 0.7)])
+def test_imitation_is_a_part_beside_the_preference(name: str, alpha: float) -> None:
+    pair = PairLogps(*(torch.tensor([value]).double() for value in (-9.0, -20.0, -10.0, -19.0, 6.0, 8.0)))
+    result = PAIR_LOSSES[name][0](pair)
+    torch.testing.assert_close(result.parts["loss/nll"], torch.tensor([9.0 / 6.0]).double())
+    preference = result.parts[f"loss/{name.split()[0]}"]
+    torch.testing.assert_close(result.values, preference + alpha * result.parts["loss/nll"])
 
 
 @pytest.mark.parametrize("name", ["dpo with nll", "orpo"])

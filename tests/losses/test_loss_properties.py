@@ -18,6 +18,7 @@ from dpo_cli.losses.aot import aot_loss
 from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
+from dpo_cli.losses.cpo import cpo_loss
 from dpo_cli.losses.discopop import discopop_loss
 from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.losses.exo_pair import exo_pair_loss
@@ -60,6 +61,8 @@ WITH_REFERENCE: dict[str, PairLoss] = {
 WITHOUT_REFERENCE: dict[str, PairLoss] = {
     "dpo, reference-free": partial(dpo_loss, beta=0.1, reference_free=True),
     "simpo": partial(simpo_loss, beta=2.0, gamma=1.0),
+    "simpo with nll": partial(simpo_loss, beta=2.0, gamma=1.0, nll_alpha=0.5),
+    "cpo": partial(cpo_loss, beta=0.1),
     "orpo": partial(orpo_loss, beta=0.1),
 }
 PAIR_LOSSES = WITH_REFERENCE | WITHOUT_REFERENCE

@@ -21,6 +21,7 @@ from dpo_cli.losses.aot import aot_loss
 from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
+from dpo_cli.losses.cpo import cpo_loss
 from dpo_cli.losses.discopop import discopop_loss
 from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.losses.exo_pair import exo_pair_loss
@@ -375,6 +376,7 @@ def reference_free_trainer(folder: Path, tokenizer: Any, policy: Any, kind: str,
 
 CPO_TRAINER_LOSSES: dict[str, tuple[Callable[[PairLogps], LossValues], dict[str, Any]]] = {
     "simpo": (partial(simpo_loss, beta=2.0, gamma=0.8), {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.8}),
+    "cpo without imitation": (partial(cpo_loss, beta=0.2, nll_alpha=0.0), {"loss_type": "sigmoid", "beta": 0.2}),
     "dpo, reference-free": (
         partial(dpo_loss, beta=0.2, reference_free=True),
         {"loss_type": "sigmoid", "beta": 0.2},
@@ -392,6 +394,32 @@ def test_reference_free_losses_of_cpo_trainer(name: str, tmp_path: Path, tokeniz
     trainer = reference_free_trainer(tmp_path, tokenizer, policy, "cpo", cpo_alpha=0.0, **settings)
     ours = reduced(loss(pair_logps(TOKEN_ROWS, policy, None)))
     theirs = trainer.compute_loss(trainer.model, collated(TOKEN_ROWS))
+    assert_same_loss_and_gradients((policy, ours), (trainer.model, theirs))
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        (partial(cpo_loss, beta=0.2, nll_alpha=0.6), {"loss_type": "sigmoid", "beta": 0.2}),
+        (
+            partial(cpo_loss, beta=0.2, nll_alpha=0.6, label_smoothing=0.1),
+            {"loss_type": "sigmoid", "beta": 0.2, "label_smoothing": 0.1},
+        ),
+        (
+            partial(simpo_loss, beta=2.0, gamma=0.8, nll_alpha=0.6),
+            {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.8},
+        ),
+    ],
+    ids=["cpo", "cpo, smoothed", "cpo-simpo"],
+)
+def test_cpo_is_trls_one_pair_at_a_time(
+    loss: Callable[[PairLogps], LossValues], settings: dict[str, Any], tmp_path: Path, tokenizer: Any, policy: Any
+) -> None:
+    # TRL's NLL is a mean over the tokens of the batch, ours of each response first.
+    trainer = reference_free_trainer(tmp_path, tokenizer, policy, "cpo", cpo_alpha=0.6, **settings)
+    theirs = torch.stack([trainer.compute_loss(trainer.model, collated([row])) for row in TOKEN_ROWS]).mean()
+    ours = reduced(loss(pair_logps(TOKEN_ROWS, policy, None)))
+    assert (ours - trainer.compute_loss(trainer.model, collated(TOKEN_ROWS))).abs() > 1e-3, "the documented deviation"
     assert_same_loss_and_gradients((policy, ours), (trainer.model, theirs))
 
 
