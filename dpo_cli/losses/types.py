@@ -20,8 +20,8 @@ Normaliser = Literal["pairs", "tokens"]
 # What one training example is for a loss: the data room prepares rows accordingly.
 ExampleKind = Literal["pair", "ranked", "unpaired", "demonstration"]
 # What the output head can tell of each token's distribution beside the target's log-prob: its entropy in nats, whether
-# the target was the most probable token, the sum of its squared probabilities (WPO's weights are made of it).
-Statistic = Literal["entropy", "correct", "sum_squared_probs"]
+# the target was the most probable token, the log of the sum of its squared probabilities (for WPO's weights).
+Statistic = Literal["entropy", "correct", "log_sum_squared_probs"]
 # By name, sums over the (weighted) tokens of each response, detached.
 Statistics = Mapping[Statistic, Tensor]
 
@@ -184,8 +184,8 @@ def declaration_of(function: Callable[..., Any]) -> Declaration:
     """The loss's own declaration; an undeclared function counts as an ordinary loss with a reference.
 
     function: the loss, or a functools.partial of it that holds its parameters, as Hydra's `_partial_` makes it.
-    A loss whose `reference_free` parameter is set needs no reference, and one whose `gamma` is 0 no samples, whatever
-    it declares.
+    Whatever it declares, a loss whose `reference_free` parameter is set needs no reference, one whose `gamma` is 0 no
+    samples, and one whose `use_weighting` is set is told log_sum_squared_probs.
     """
     bare = function
     while isinstance(bare, functools.partial):
@@ -194,11 +194,17 @@ def declaration_of(function: Callable[..., Any]) -> Declaration:
     declaration = declared if declared is not None else Declaration(takes=_input_type(bare))
     # The signature of a partial shows the parameters it holds as defaults.
     given = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
-    if given.get("reference_free", inspect.Parameter.empty) not in (inspect.Parameter.empty, False, None):
+    if _is_set(given.get("reference_free")):
         declaration = replace(declaration, needs_reference=False)
+    if _is_set(given.get("use_weighting")):
+        declaration = replace(declaration, statistics=declaration.statistics | {"log_sum_squared_probs"})
     if declaration.on_policy and given.get("gamma") == 0:
         declaration = replace(declaration, on_policy=False)
     return declaration
+
+
+def _is_set(value: object) -> bool:
+    return value not in (inspect.Parameter.empty, False, None)
 
 
 def _input_type(function: Callable[..., Any]) -> type:

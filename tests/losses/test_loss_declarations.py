@@ -145,6 +145,12 @@ def test_reference_free_dpo_declares_that_it_needs_no_reference() -> None:
     assert declaration_of(functools.partial(free, reference_free=False)).needs_reference
 
 
+def test_weighted_dpo_asks_for_what_its_weights_are_made_of() -> None:
+    assert declaration_of(functools.partial(dpo_loss, beta=0.1, use_weighting=False)) == PAIR
+    weighted = functools.partial(dpo_loss, beta=0.1, use_weighting=True)
+    assert declaration_of(weighted) == Declaration(PairLogps, statistics=frozenset({"log_sum_squared_probs"}))
+
+
 def test_reference_free_may_be_a_default_of_a_users_loss() -> None:
     def mine(pair: PairLogps, *, reference_free: bool = True) -> LossValues: ...
 

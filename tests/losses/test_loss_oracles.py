@@ -275,6 +275,47 @@ def test_pair_losses_and_their_gradients_are_those_of_the_papers(name: str, batc
     assert_values_and_gradients(result, oracle(*batch), numeric)
 
 
+@given(batch=pairs(), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_weights_are_constants_before_the_preference_alone(batch: list[Array], data: st.DataObject) -> None:
+    w, l_, rw, rl, nw, nl = batch
+    # Of each token, a sum of squared probabilities between 0.01 and 1.
+    squared = data.draw(hnp.arrays(np.float64, (len(w), 2), elements=st.floats(0.01, 1)))
+    logs = np.log(squared) * np.stack([nw, nl], axis=1)
+    chosen, rejected = torch.from_numpy(w).requires_grad_(), torch.from_numpy(l_).requires_grad_()
+    pair = PairLogps(
+        chosen, rejected, *map(torch.from_numpy, batch[2:]), {"log_sum_squared_probs": torch.from_numpy(logs)}
+    )
+
+    result = dpo_loss(pair, beta=0.1, nll_alpha=0.7, use_weighting=True)
+
+    # The geometric mean of each response's p / sum of p^2.
+    weights = np.exp(w / nw) / squared[:, 0] * np.exp(l_ / nl) / squared[:, 1]
+
+    def oracle(w: Array, l_: Array) -> Array:
+        return weights * dpo_oracle(w, l_, rw, rl, nw, nl, beta=0.1) - 0.7 * w / nw
+
+    np.testing.assert_allclose(result.parts["weights"].numpy(), weights, rtol=1e-11)
+    numeric = {
+        chosen: differentiate(lambda x: oracle(x, l_), w),
+        rejected: differentiate(lambda x: oracle(w, x), l_),
+    }
+    np.testing.assert_allclose(result.values.detach().numpy(), oracle(w, l_), rtol=1e-11)
+    found = torch.autograd.grad(result.values.sum(), list(numeric))
+    for slope, expected in zip(found, numeric.values(), strict=True):
+        np.testing.assert_allclose(slope.numpy(), expected, rtol=1e-5, atol=1e-7 * max(1, weights.max()))
+
+
+def test_a_policy_that_samples_evenly_among_a_few_tokens_has_the_weight_one() -> None:
+    # p = 1/4 and the sum of its squares 1/4, at each of 5 and of 9 tokens.
+    quarter = torch.tensor([[5.0, 9.0]]).double() * np.log(0.25)
+    w, l_ = quarter[:, 0], quarter[:, 1]
+    pair = PairLogps(w, l_, w, l_, w * 0 + 5, l_ * 0 + 9, {"log_sum_squared_probs": quarter})
+    result = dpo_loss(pair, beta=0.1, use_weighting=True)
+    torch.testing.assert_close(result.parts["weights"], torch.ones(1).double())
+    torch.testing.assert_close(result.values, dpo_loss(pair, beta=0.1).values)
+
+
 def plackett_luce_oracle(policy: Array, reference: Array, counts: list[int], *, beta: float) -> Array:
     values = []
     for p, r, count in zip(policy, reference, counts, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,16 @@ def response_logps(model: Any, prompts: Sequence[list[int]], responses: Sequence
         logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         predicted = logits[len(prompt) - 1 : -1]
         sums.append(predicted[torch.arange(len(response)), torch.tensor(response)].sum())
+    return torch.stack(sums)
+
+
+@torch.no_grad()
+def log_sums_of_squared_probs(model: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
+    """(n,) of each response, the sum over its tokens of log(sum of squared probabilities)."""
+    sums = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        sums.append(torch.logsumexp(2 * logps, -1).sum())
     return torch.stack(sums)
 
 
@@ -252,6 +263,27 @@ def test_losses_of_dpo_trainer(name: str, tmp_path: Path, tokenizer: Any, policy
     trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, **settings)
     pair = pair_logps(list(trainer.train_dataset), policy, reference)
     assert_same_loss_and_gradients((policy, reduced(loss(pair))), trl_loss(trainer))
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_wpo_weights_are_trls(averaged: bool, tmp_path: Path, tokenizer: Any, policy: Any, reference: Any) -> None:
+    beta, loss_type = (2.0, "sigmoid_norm") if averaged else (0.3, "sigmoid")
+    settings = {"loss_type": loss_type, "beta": beta, "use_weighting": True}
+    trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, **settings)
+    rows = list(trainer.train_dataset)
+    pair = pair_logps(rows, policy, reference)
+    sums = [
+        log_sums_of_squared_probs(policy, [row["prompt_ids"] for row in rows], [row[f"{side}_ids"] for row in rows])
+        for side in ("chosen", "rejected")
+    ]
+    pair = replace(pair, statistics={"log_sum_squared_probs": torch.stack(sums, dim=1)})
+    loss = reduced(dpo_loss(pair, beta=beta, average_logps=averaged, use_weighting=True))
+    model, theirs = trl_loss(trainer)
+    # Responses so unlikely have small weights. Multiplied by as much, equality means as much as elsewhere.
+    scale = 1 / loss.item()
+    plain = reduced(dpo_loss(pair, beta=beta, average_logps=averaged))
+    assert abs(loss - plain) > 0.1, "the weights must count"
+    assert_same_loss_and_gradients((policy, scale * loss), (model, scale * theirs))
 
 
 def test_conservative_dpo_is_trls_aot_of_one_pair_at_a_time(

@@ -100,6 +100,7 @@ def gradient(loss: Callable[..., Any], micros: list[MicroBatch]) -> tuple[float,
 
 LOSSES = {
     "dpo": (functools.partial(dpo_loss, beta=0.3, nll_alpha=0.5), 2),
+    "dpo, weighted": (functools.partial(dpo_loss, beta=0.3, use_weighting=True), 2),
     "kto": (functools.partial(kto_loss, beta=0.3), 2),
     "aot": (functools.partial(aot_loss, beta=0.3), 2),
     "aot_unpaired": (functools.partial(aot_unpaired_loss, beta=0.3), 2),
@@ -168,7 +169,7 @@ def test_a_coupled_loss_gets_the_gradient_of_the_whole_batch_at_once() -> None:
 def test_a_loss_gets_the_statistics_it_declares_summed_by_response(coupled: bool) -> None:
     seen = []
 
-    @declare(statistics=["entropy", "sum_squared_probs"], couples_batch=coupled)
+    @declare(statistics=["entropy", "log_sum_squared_probs"], couples_batch=coupled)
     def weighted(pair: PairLogps) -> LossValues:
         seen.append(pair.statistics)
         return LossValues(values=-pair.policy_chosen)
@@ -176,8 +177,8 @@ def test_a_loss_gets_the_statistics_it_declares_summed_by_response(coupled: bool
     examples = random_examples(6)
     gradient(weighted, cut(examples, [6]))
     packed = packed_model()
-    scores = packed(pack(examples), frozenset({"entropy", "sum_squared_probs"}))
-    assert seen[0].keys() == {"entropy", "sum_squared_probs"}
+    scores = packed(pack(examples), frozenset({"entropy", "log_sum_squared_probs"}))
+    assert seen[0].keys() == {"entropy", "log_sum_squared_probs"}
     for name, found in seen[0].items():
         expected = sum_by_response(pack(examples), scores.statistics[name]).view(-1, 2)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
