@@ -22,6 +22,7 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "gamma_warmup_steps": (lambda value: value >= 0, "at least 0"),
     "advantage_clip": (lambda value: value > 0, "greater than 0"),
     "f_alpha": (lambda value: 0 <= value <= 1, "at least 0 and at most 1"),
+    "ld_alpha": (lambda value: 0 <= value <= 1, "at least 0 and at most 1"),
     "tau": (lambda value: 0 < value <= 1, "greater than 0 and at most 1"),
     "desirable_weight": (lambda value: value > 0, "greater than 0"),
     "undesirable_weight": (lambda value: value > 0, "greater than 0"),

@@ -26,6 +26,7 @@ def dpo_loss(
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl",
     f_alpha: float = 0.5,
     use_weighting: bool = False,
+    ld_alpha: float = 1.0,
 ) -> LossValues:
     """Raise the implicit reward of the chosen response above that of the rejected one.
 
@@ -47,6 +48,8 @@ def dpo_loss(
     use_weighting: multiply the preference term by how likely the policy is to write the two responses itself (WPO),
         w(chosen) * w(rejected), with w(y) = exp(mean over its tokens of log(p(token) / sum of p**2 at its place)). No
         gradient flows through it. Reads the statistic log_sum_squared_probs.
+    ld_alpha: in [0, 1], what tokens beyond the length of the pair's shorter response weigh (LD-DPO). It has entered the
+        sums and the token counts before they come here, of policy and reference alike, and is not applied again.
     Returns values (pairs,), unreduced, with detached rewards; where nll_alpha is not 0, parts loss/dpo and loss/nll
     (before its weight); with use_weighting, part weights. Starts at log 2 when the policy is the reference, with
     use_weighting at log 2 times the mean weight.
@@ -54,7 +57,8 @@ def dpo_loss(
         f_divergence other than reverse_kl.
     Source: DPO eq. 7, arXiv:2305.18290; smoothing, Mitchell 2023, "A note on DPO with noisy preferences";
         NLL term, Iterative RPO eq. 1, arXiv:2404.19733; averages, as the code of RLAIF-V offers them, arXiv:2405.17220;
-        divergences, f-DPO, arXiv:2309.16240; weights, WPO eq. 2, arXiv:2406.11827.
+        divergences, f-DPO, arXiv:2309.16240; weights, WPO eq. 2, arXiv:2406.11827; length, LD-DPO,
+        arXiv:2409.06411.
     """
     if not reference_free:
         chosen, rejected = (f_score(ratio, f_divergence, alpha=f_alpha) for ratio in pair_log_ratios(pair))

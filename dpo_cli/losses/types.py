@@ -129,6 +129,7 @@ class Declaration:
     statistics: what else the output head must tell of the policy; the loss finds it in its input's `statistics`.
     on_policy: the loss is also given SampleLogps, responses that the policy has just drawn, and its values for them,
         divided by their number, are added.
+    tail_weight: what the tokens of a response beyond the length of the other weigh in the sums of a pair.
     """
 
     takes: type
@@ -137,6 +138,7 @@ class Declaration:
     couples_batch: bool = False
     statistics: frozenset[Statistic] = frozenset()
     on_policy: bool = False
+    tail_weight: float = 1.0
 
     @property
     def kind(self) -> ExampleKind:
@@ -185,7 +187,8 @@ def declaration_of(function: Callable[..., Any]) -> Declaration:
 
     function: the loss, or a functools.partial of it that holds its parameters, as Hydra's `_partial_` makes it.
     Whatever it declares, a loss whose `reference_free` parameter is set needs no reference, one whose `gamma` is 0 no
-    samples, and one whose `use_weighting` is set is told log_sum_squared_probs.
+    samples; one whose `use_weighting` is set is told log_sum_squared_probs, and the `ld_alpha` of one on pairs is its
+    tail weight.
     """
     bare = function
     while isinstance(bare, functools.partial):
@@ -198,6 +201,9 @@ def declaration_of(function: Callable[..., Any]) -> Declaration:
         declaration = replace(declaration, needs_reference=False)
     if _is_set(given.get("use_weighting")):
         declaration = replace(declaration, statistics=declaration.statistics | {"log_sum_squared_probs"})
+    ld_alpha = given.get("ld_alpha")
+    if isinstance(ld_alpha, int | float) and declaration.takes is PairLogps:
+        declaration = replace(declaration, tail_weight=float(ld_alpha))
     if declaration.on_policy and given.get("gamma") == 0:
         declaration = replace(declaration, on_policy=False)
     return declaration

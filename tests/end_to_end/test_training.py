@@ -65,6 +65,17 @@ def test_every_loss_trains_from_the_shell(workplace: Workplace, loss: str) -> No
         assert first["loss"] == pytest.approx(starts[loss], rel=1e-5)
 
 
+def test_a_sweep_over_the_weight_of_tails_shares_what_the_reference_said(workplace: Workplace) -> None:
+    brief = ("max_steps=4", "eval_every=0", "save_every=0")
+    for alpha, nothing_to_score in ((1.0, 0), (0.25, 2)):
+        done = workplace.train(f"loss.ld_alpha={alpha}", f"run_dir=run{alpha}", *brief)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(" 0 to score") == nothing_to_score
+    whole, weighted = (workplace.metrics(f"run{alpha}", "eval")[0] for alpha in (1.0, 0.25))
+    assert weighted["loss"] == pytest.approx(LN2, abs=1e-5)
+    assert weighted["logps/chosen"] > whole["logps/chosen"]
+
+
 def test_sft_shows_both_log_probs_of_held_out_pairs_rising(workplace: Workplace) -> None:
     done = workplace.train("loss=sft_ref", "run_dir=run", "max_steps=20", "eval_every=0")
     assert done.returncode == 0, done.stderr

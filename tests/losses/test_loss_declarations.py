@@ -151,6 +151,15 @@ def test_weighted_dpo_asks_for_what_its_weights_are_made_of() -> None:
     assert declaration_of(weighted) == Declaration(PairLogps, statistics=frozenset({"log_sum_squared_probs"}))
 
 
+def test_ld_alpha_is_the_tail_weight_of_a_loss_on_pairs() -> None:
+    assert declaration_of(functools.partial(dpo_loss, beta=0.1)).tail_weight == 1
+    assert declaration_of(functools.partial(dpo_loss, beta=0.1, ld_alpha=0)) == Declaration(PairLogps, tail_weight=0.0)
+
+    def ranked(ranked: RankedLogps, *, ld_alpha: float = 0.5) -> LossValues: ...
+
+    assert declaration_of(ranked).tail_weight == 1
+
+
 def test_reference_free_may_be_a_default_of_a_users_loss() -> None:
     def mine(pair: PairLogps, *, reference_free: bool = True) -> LossValues: ...
 

@@ -14,10 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dpo_cli.data.example import Example
+from dpo_cli.data.tail_weights import TailWeighted
 from dpo_cli.losses.aot import aot_loss
 from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.apo_down import apo_down_loss
@@ -54,6 +57,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 Row = dict[str, Any]
 WORDS = 40
+SIDES = ("chosen", "rejected")
 ROWS: list[Row] = [
     {"prompt": "w1 w2 w3", "chosen": " w4 w5 w6 w7", "rejected": " w8"},
     {"prompt": "w9", "chosen": " w10", "rejected": " w11 w12 w13 w14 w15 w16"},
@@ -135,6 +139,24 @@ def log_sums_of_squared_probs(model: Any, prompts: Sequence[list[int]], response
         logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
         sums.append(torch.logsumexp(2 * logps, -1).sum())
     return torch.stack(sums)
+
+
+def weighted_sums(model: Any, example: Example) -> Tensor:
+    """(responses,) of one example, with its token weights."""
+    sums = []
+    for response, weights in zip(example.responses, example.weights or (), strict=True):
+        ids = torch.tensor([*example.prompt.tolist(), *response.tolist()])
+        logps = model(ids[None]).logits[0].log_softmax(-1)[len(example.prompt) - 1 : -1]
+        sums.append(
+            (logps[torch.arange(len(response)), torch.from_numpy(response).long()] * torch.tensor(weights)).sum()
+        )
+    return torch.stack(sums)
+
+
+class Listed(list[Example]):
+    @property
+    def sizes(self) -> Any:
+        return np.array([example.packed_tokens for example in self], dtype=np.int32)
 
 
 def lengths(responses: Sequence[list[int]]) -> Tensor:
@@ -284,6 +306,28 @@ def test_wpo_weights_are_trls(averaged: bool, tmp_path: Path, tokenizer: Any, po
     plain = reduced(dpo_loss(pair, beta=beta, average_logps=averaged))
     assert abs(loss - plain) > 0.1, "the weights must count"
     assert_same_loss_and_gradients((policy, scale * loss), (model, scale * theirs))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_ld_dpo_is_trls(alpha: float, tmp_path: Path, tokenizer: Any, policy: Any, reference: Any) -> None:
+    trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, loss_type="sigmoid", beta=0.3, ld_alpha=alpha)
+    rows = list(trainer.train_dataset)
+    loss = partial(dpo_loss, beta=0.3, ld_alpha=alpha)
+    examples = [
+        Example(np.array(row["prompt_ids"], np.int32), tuple(np.array(row[f"{s}_ids"], np.int32) for s in SIDES))
+        for row in rows
+    ]
+    # As the data come to the loss: every sum with the weights that the wrapper gives.
+    weighted = TailWeighted(Listed(examples), declaration_of(loss).tail_weight)
+    policies, references = (
+        torch.stack([weighted_sums(model, weighted[number]) for number in range(len(rows))])
+        for model in (policy, reference)
+    )
+    tokens = torch.tensor([[float(each.sum()) for each in weighted[n].weights or ()] for n in range(len(rows))])
+    pair = PairLogps(*policies.T, *references.detach().T, *tokens.T)
+    plain = reduced(dpo_loss(pair_logps(rows, policy, reference), beta=0.3))
+    assert (reduced(loss(pair)) - plain).abs() > 1e-2, "the tails must count"
+    assert_same_loss_and_gradients((policy, reduced(loss(pair))), trl_loss(trainer))
 
 
 def test_conservative_dpo_is_trls_aot_of_one_pair_at_a_time(

@@ -16,6 +16,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from dpo_cli.batch.layout import pack, sum_by_response
 from dpo_cli.data.example import Example
+from dpo_cli.data.tail_weights import TailWeighted
 from dpo_cli.engine.interface import OptimizerSettings
 from dpo_cli.engine.ranks import SoleRank
 from dpo_cli.engine.replicated import ReplicatedEngine
@@ -29,7 +30,7 @@ from dpo_cli.losses.plackett_luce import plackett_luce_loss
 from dpo_cli.losses.sft_ref import sft_ref_loss
 from dpo_cli.losses.types import LossValues, PairLogps, UnpairedLogps, declare
 from dpo_cli.policy.packed_model import PackedModel, score_examples
-from dpo_cli.reference.sums import ReferenceSums
+from dpo_cli.reference.sums import ReferenceSums, weighted_sum
 from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.micro_batch import MicroBatch, PreferenceData, Sampled
@@ -142,6 +143,31 @@ def test_token_weights_weigh_both_the_loss_and_its_normaliser() -> None:
     expected = -sum((w * x).sum() for w, x in zip(weights, logps, strict=True)) / sum(w.sum() for w in weights)
     loss, _, _ = gradient(sft_ref_loss, cut(examples, [4], reference=False))
     assert loss == pytest.approx(expected, rel=1e-10)
+
+
+def test_what_tails_weigh_reaches_policy_and_reference_alike() -> None:
+    """LD-DPO through the packed row and the reference's sums, against the formula on token log-probs."""
+    examples = Listed(random_examples(8))
+    loss = functools.partial(dpo_loss, beta=0.3, ld_alpha=0.25)
+    weighted = TailWeighted(examples, Objective.of(loss).declaration.tail_weight)
+    scores, margins, sums = score_examples(packed_model(), examples), [], []
+    rng = np.random.default_rng(1)
+    for number, example in enumerate(examples):
+        shared = min(map(len, example.responses))
+        reference = [-3 * rng.random(len(ids)).astype(np.float32) for ids in example.responses]
+        ratios = [
+            ours[:shared].astype(float).sum() - theirs[:shared].sum(dtype=float)
+            + 0.25 * (ours[shared:].astype(float).sum() - theirs[shared:].sum(dtype=float))
+            for ours, theirs in zip(scores[number], reference, strict=True)
+        ]  # fmt: skip
+        margins.append(0.3 * (ratios[0] - ratios[1]))
+        weights = weighted[number].weights
+        assert weights is not None
+        sums.append(np.array([weighted_sum(r, w) for r, w in zip(reference, weights, strict=True)]))
+    rows = tuple(weighted[number] for number in range(8))
+    value, _, _ = gradient(loss, [MicroBatch(rows[:5], tuple(sums[:5])), MicroBatch(rows[5:], tuple(sums[5:]))])
+    assert value == pytest.approx(np.logaddexp(0, -np.array(margins)).mean(), rel=1e-6)
+    assert value != pytest.approx(gradient(loss, [MicroBatch(tuple(examples), tuple(sums))])[0], rel=1e-2)
 
 
 def test_a_coupled_loss_gets_the_gradient_of_the_whole_batch_at_once() -> None:
