@@ -59,6 +59,7 @@ DECLARED = {
     "orpo": Declaration(PairLogps, needs_reference=False),
     "aot": Declaration(PairLogps, couples_batch=True),
     "aot_unpaired": Declaration(PairLogps, couples_batch=True),
+    "bco_pair": Declaration(PairLogps, couples_batch=True),
     "kto": Declaration(UnpairedLogps, couples_batch=True),
     "plackett_luce": Declaration(RankedLogps),
     "sft_ref": Declaration(DemonstrationLogps, normaliser="tokens", needs_reference=False),

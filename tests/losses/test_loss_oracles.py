@@ -18,6 +18,7 @@ from dpo_cli.losses.aot import aot_loss
 from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
+from dpo_cli.losses.bco_pair import bco_pair_loss
 from dpo_cli.losses.cpo import cpo_loss
 from dpo_cli.losses.discopop import discopop_loss
 from dpo_cli.losses.dpo import dpo_loss
@@ -402,6 +403,34 @@ def test_optimal_transport_compares_sorted_columns(
         for slope, up, down in ((found[0], (w + step, l_), (w - step, l_)), (found[1], (w, l_ + step), (w, l_ - step))):
             ends = [oracle(*side, rw, rl, beta=0.1, eps=eps) for side in (up, down)]
             assert slope[place].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-8)
+
+
+def bco_oracle(w: Array, l_: Array, rw: Array, rl: Array, *, beta: float, shift: float) -> Array:
+    return -log_sigmoid(beta * (w - rw) - shift) - log_sigmoid(-(beta * (l_ - rl) - shift))
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@given(batch=pairs())
+@settings(max_examples=60, deadline=None)
+def test_bco_holds_its_shift_constant(shifted: bool, batch: list[Array]) -> None:
+    w, l_, rw, rl, *_ = batch
+    # The paper's delta: half the mean reward of the chosen and half that of the rejected responses.
+    shift = 0.2 * float((w - rw).mean() + (l_ - rl).mean()) / 2 if shifted else 0.0
+    oracle = partial(bco_oracle, rw=rw, rl=rl, beta=0.2, shift=shift)
+    chosen, rejected = torch.from_numpy(w).requires_grad_(), torch.from_numpy(l_).requires_grad_()
+
+    result = bco_pair_loss(
+        PairLogps(chosen, rejected, *map(torch.from_numpy, batch[2:])),
+        beta=0.2,
+        reward_shift="batch_mean" if shifted else "none",
+    )
+
+    numeric = {
+        chosen: differentiate(lambda x: oracle(x, l_), w),
+        rejected: differentiate(lambda x: oracle(w, x), l_),
+    }
+    assert_values_and_gradients(result, oracle(w, l_), numeric)
+    np.testing.assert_allclose(result.parts["reward_shift"].numpy(), np.full(len(w), shift), atol=1e-12)
 
 
 def test_sft_ref_is_the_mean_cross_entropy_once_divided_by_tokens() -> None:

@@ -18,6 +18,7 @@ from dpo_cli.losses.aot import aot_loss
 from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
+from dpo_cli.losses.bco_pair import bco_pair_loss
 from dpo_cli.losses.cpo import cpo_loss
 from dpo_cli.losses.discopop import discopop_loss
 from dpo_cli.losses.dpo import dpo_loss
@@ -57,6 +58,8 @@ WITH_REFERENCE: dict[str, PairLoss] = {
     "aot": partial(aot_loss, beta=0.1),
     "aot, smoothed": partial(aot_loss, beta=0.1, label_smoothing=0.2),
     "aot_unpaired": partial(aot_unpaired_loss, beta=0.1),
+    "bco_pair": partial(bco_pair_loss, beta=0.1),
+    "bco_pair, unshifted": partial(bco_pair_loss, beta=0.1, reward_shift="none"),
 }
 WITHOUT_REFERENCE: dict[str, PairLoss] = {
     "dpo, reference-free": partial(dpo_loss, beta=0.1, reference_free=True),
@@ -116,6 +119,8 @@ def swapped(pair: PairLogps) -> PairLogps:
         ("aot", math.log(2)),
         ("aot, smoothed", math.log(2)),
         ("aot_unpaired", math.log(2)),
+        ("bco_pair", 2 * math.log(2)),
+        ("bco_pair, unshifted", 2 * math.log(2)),
     ],
 )
 def test_a_policy_equal_to_its_reference_has_the_known_start_value(name: str, start: float, dtype: torch.dtype) -> None:
@@ -262,6 +267,19 @@ def test_optimal_transport_of_one_pair_is_dpo(
     pair = one_pair(*ratios)
     expected = dpo_loss(pair, beta=0.1, label_smoothing=smoothing).values
     torch.testing.assert_close(loss(pair, beta=0.1, label_smoothing=smoothing).values, expected, rtol=1e-12, atol=0)
+
+
+@given(chosen=log_ratios, rejected=log_ratios, drift=log_ratios)
+@settings(deadline=None, max_examples=30)
+def test_a_drift_that_all_rewards_share_moves_bco_only_if_nothing_shifts(
+    chosen: float, rejected: float, drift: float
+) -> None:
+    there, here = one_pair(chosen, rejected), one_pair(chosen + drift, rejected + drift)
+    loss = partial(bco_pair_loss, beta=0.1)
+    torch.testing.assert_close(loss(here).values, loss(there).values, rtol=1e-9, atol=1e-9)
+    if abs(drift) > 1:
+        plain = partial(loss, reward_shift="none")
+        assert plain(one_pair(drift, drift)).values > plain(one_pair(0.0, 0.0)).values
 
 
 @given(permutation=st.permutations(range(6)))

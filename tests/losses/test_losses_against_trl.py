@@ -25,6 +25,7 @@ from dpo_cli.losses.aot import aot_loss
 from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
+from dpo_cli.losses.bco_pair import bco_pair_loss
 from dpo_cli.losses.cpo import cpo_loss
 from dpo_cli.losses.discopop import discopop_loss
 from dpo_cli.losses.dpo import dpo_loss
@@ -268,6 +269,10 @@ DPO_TRAINER_LOSSES: dict[str, tuple[Callable[[PairLogps], LossValues], dict[str,
         {"loss_type": "discopop", "beta": 0.3, "discopop_tau": 0.2},
     ),
     "sigmoid_norm": (partial(sigmoid_norm_loss, beta=2.0), {"loss_type": "sigmoid_norm", "beta": 2.0}),
+    "bco_pair, unshifted": (
+        partial(bco_pair_loss, beta=0.3, reward_shift="none"),
+        {"loss_type": "bco_pair", "beta": 0.3},
+    ),
     "aot": (
         partial(aot_loss, beta=0.3, label_smoothing=0.1),
         {"loss_type": "aot", "beta": 0.3, "label_smoothing": 0.1},

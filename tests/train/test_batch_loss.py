@@ -23,6 +23,7 @@ from dpo_cli.engine.replicated import ReplicatedEngine
 from dpo_cli.errors import NonFiniteError
 from dpo_cli.losses.aot import aot_loss
 from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
+from dpo_cli.losses.bco_pair import bco_pair_loss
 from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.losses.kto import kto_loss
 from dpo_cli.losses.pdpo import pdpo_loss
@@ -103,6 +104,7 @@ LOSSES = {
     "dpo": (functools.partial(dpo_loss, beta=0.3, nll_alpha=0.5), 2),
     "dpo, weighted": (functools.partial(dpo_loss, beta=0.3, use_weighting=True), 2),
     "kto": (functools.partial(kto_loss, beta=0.3), 2),
+    "bco_pair": (functools.partial(bco_pair_loss, beta=0.3), 2),
     "aot": (functools.partial(aot_loss, beta=0.3), 2),
     "aot_unpaired": (functools.partial(aot_unpaired_loss, beta=0.3), 2),
     "plackett_luce": (functools.partial(plackett_luce_loss, beta=0.3), 3),
