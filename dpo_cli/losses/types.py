@@ -162,10 +162,12 @@ def declare(
     couples_batch: bool = False,
     statistics: Collection[Statistic] = (),
     on_policy: bool = False,
+    from_parameters: Callable[[Declaration, Mapping[str, Any]], Declaration] | None = None,
 ) -> Callable[[LossFunction], LossFunction]:
     """Attach a Declaration to a loss; the input type is read from the annotation of its first parameter.
 
     That of an on-policy loss is `PairLogps | SampleLogps`, or another kind in the first place.
+    from_parameters: what becomes of the declaration once all parameters are bound, where it depends on them.
     """
 
     def attach(function: LossFunction) -> LossFunction:
@@ -177,6 +179,7 @@ def declare(
             statistics=frozenset(statistics),
             on_policy=on_policy,
         )
+        function.from_parameters = from_parameters  # type: ignore[attr-defined]
         return function
 
     return attach
@@ -197,6 +200,9 @@ def declaration_of(function: Callable[..., Any]) -> Declaration:
     declaration = declared if declared is not None else Declaration(takes=_input_type(bare))
     # The signature of a partial shows the parameters it holds as defaults.
     given = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    from_parameters = getattr(bare, "from_parameters", None)
+    if from_parameters is not None and isinstance(function, functools.partial):
+        declaration = from_parameters(declaration, given)
     if _is_set(given.get("reference_free")):
         declaration = replace(declaration, needs_reference=False)
     if _is_set(given.get("use_weighting")):

@@ -29,6 +29,28 @@ CASES = {
         [REAL, "loss=hinge", "loss.average_logps=true"],
         ["no parameter average_logps", "loss=dpo and loss=ipo have it"],
     ),
+    "mix of what is not there": ([REAL, "loss=mix", "loss.losses=[{loss: dpoo, weight: 1}]"], ["did you mean dpo?"]),
+    "mix of text": ([REAL, "loss=mix", "loss.losses=dpo"], ["loss.losses must be a list of parts, not 'dpo'"]),
+    "part without its weight": (
+        [REAL, "loss=mix", "loss.losses=[{loss: dpo, weight: 1}, {loss: ipo}]"],
+        ["loss.losses[1] must be of the form {loss: NAME, weight: NUMBER}", "command line"],
+    ),
+    "part that weighs nothing": (
+        [REAL, "loss=mix", "loss.losses=[{loss: dpo, weight: 0}]"],
+        ["loss.losses[0].weight must be a number greater than 0, not 0"],
+    ),
+    "part with another's parameter": (
+        [REAL, "loss=mix", "loss.losses=[{loss: hinge, weight: 1, tau: 1}]"],
+        ["hinge_loss has no parameter tau", "loss=discopop has it"],
+    ),
+    "part out of range": (
+        [REAL, "loss=mix", "loss.losses=[{loss: exo_pair, weight: 1, label_smoothing: 0}]"],
+        ["loss.losses[0].label_smoothing must be greater than 0 and less than 0.5"],
+    ),
+    "part without what it needs": (
+        [REAL, "loss=mix", "loss.losses=[{loss: simpo, weight: 1, beta: 2}]"],
+        ["loss.losses[0].gamma must be given"],
+    ),
     "divergence from nothing": (
         [REAL, "loss.reference_free=true", "loss.f_divergence=forward_kl"],
         ["loss.f_divergence=forward_kl is measured from a reference", "loss.reference_free=false"],

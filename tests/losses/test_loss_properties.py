@@ -26,6 +26,7 @@ from dpo_cli.losses.exo_pair import exo_pair_loss
 from dpo_cli.losses.hinge import hinge_loss
 from dpo_cli.losses.ipo import ipo_loss
 from dpo_cli.losses.kto import kto_loss
+from dpo_cli.losses.mix import mix_loss
 from dpo_cli.losses.nca_pair import nca_pair_loss
 from dpo_cli.losses.orpo import orpo_loss
 from dpo_cli.losses.plackett_luce import plackett_luce_loss
@@ -60,6 +61,7 @@ WITH_REFERENCE: dict[str, PairLoss] = {
     "aot_unpaired": partial(aot_unpaired_loss, beta=0.1),
     "bco_pair": partial(bco_pair_loss, beta=0.1),
     "bco_pair, unshifted": partial(bco_pair_loss, beta=0.1, reward_shift="none"),
+    "mix": partial(mix_loss, beta=0.1, losses=[{"loss": "dpo", "weight": 0.8}, {"loss": "apo_zero", "weight": 0.3}]),
 }
 WITHOUT_REFERENCE: dict[str, PairLoss] = {
     "dpo, reference-free": partial(dpo_loss, beta=0.1, reference_free=True),
@@ -121,6 +123,7 @@ def swapped(pair: PairLogps) -> PairLogps:
         ("aot_unpaired", math.log(2)),
         ("bco_pair", 2 * math.log(2)),
         ("bco_pair, unshifted", 2 * math.log(2)),
+        ("mix", 0.8 * math.log(2) + 0.3),
     ],
 )
 def test_a_policy_equal_to_its_reference_has_the_known_start_value(name: str, start: float, dtype: torch.dtype) -> None:
@@ -280,6 +283,26 @@ def test_a_drift_that_all_rewards_share_moves_bco_only_if_nothing_shifts(
     if abs(drift) > 1:
         plain = partial(loss, reward_shift="none")
         assert plain(one_pair(drift, drift)).values > plain(one_pair(0.0, 0.0)).values
+
+
+def test_a_mix_is_the_weighted_sum_of_its_parts_in_value_and_slope() -> None:
+    pair = one_pair(3.0, -4.0)
+    parts: list[tuple[float, str, PairLoss]] = [
+        (0.8, "dpo", partial(dpo_loss, beta=0.3)),
+        (0.2, "bco_pair", partial(bco_pair_loss, beta=0.3)),
+        (0.5, "simpo", partial(simpo_loss, beta=2.0, gamma=0.7)),
+        (1.0, "sft_ref", lambda pair: LossValues(-pair.policy_chosen / pair.chosen_tokens)),
+    ]
+    own = {"simpo": {"beta": 2.0, "gamma": 0.7}}
+    mixed = partial(mix_loss, beta=0.3, losses=[{"loss": n, "weight": w, **own.get(n, {})} for w, n, _ in parts])
+    result = mixed(pair)
+    expected = torch.stack([weight * loss(pair).values for weight, _, loss in parts]).sum(0)
+    torch.testing.assert_close(result.values, expected, rtol=1e-12, atol=0)
+    for _, name, loss in parts:
+        torch.testing.assert_close(result.parts[f"loss/{name}"], loss(pair).values)
+    sums = [sum(weight * slopes(loss, 3.0, -4.0)[side] for weight, _, loss in parts[:3]) for side in (0, 1)]
+    assert slopes(mixed, 3.0, -4.0) == pytest.approx((sums[0] - 1 / 20, sums[1]), rel=1e-12)
+    assert result.rewards == dpo_loss(pair, beta=0.3).rewards
 
 
 @given(permutation=st.permutations(range(6)))

@@ -33,6 +33,7 @@ from dpo_cli.losses.exo_pair import exo_pair_loss
 from dpo_cli.losses.hinge import hinge_loss
 from dpo_cli.losses.ipo import ipo_loss
 from dpo_cli.losses.kto import kto_loss
+from dpo_cli.losses.mix import mix_loss
 from dpo_cli.losses.nca_pair import nca_pair_loss
 from dpo_cli.losses.orpo import orpo_loss
 from dpo_cli.losses.robust_dpo import robust_dpo_loss
@@ -273,6 +274,24 @@ DPO_TRAINER_LOSSES: dict[str, tuple[Callable[[PairLogps], LossValues], dict[str,
         partial(bco_pair_loss, beta=0.3, reward_shift="none"),
         {"loss_type": "bco_pair", "beta": 0.3},
     ),
+    "mix": (
+        partial(
+            mix_loss,
+            beta=0.3,
+            losses=[
+                {"loss": "dpo", "weight": 0.8},
+                {"loss": "bco_pair", "weight": 0.2, "reward_shift": "none"},
+                {"loss": "aot", "weight": 0.5},
+                {"loss": "discopop", "weight": 0.1, "tau": 0.2},
+            ],
+        ),
+        {
+            "loss_type": ["sigmoid", "bco_pair", "aot", "discopop"],
+            "loss_weights": [0.8, 0.2, 0.5, 0.1],
+            "beta": 0.3,
+            "discopop_tau": 0.2,
+        },
+    ),
     "aot": (
         partial(aot_loss, beta=0.3, label_smoothing=0.1),
         {"loss_type": "aot", "beta": 0.3, "label_smoothing": 0.1},
@@ -368,6 +387,18 @@ def test_nll_alpha_is_trls_mix_of_sigmoid_and_sft_where_the_two_reduce_alike(
     one_by_one = torch.stack([trl_loss(trainer, [row])[1] for row in rows]).mean()
     # In a batch of unequal lengths they do not: the documented deviation.
     assert (ours - trl_loss(trainer)[1]).abs() > 1e-3
+    assert_same_loss_and_gradients((policy, ours), (trainer.model, one_by_one))
+
+
+def test_mpo_is_trls_one_pair_at_a_time(tmp_path: Path, tokenizer: Any, policy: Any, reference: Any) -> None:
+    # In a batch the sft terms differ, as for nll_alpha above.
+    mix = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.3}
+    trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, **mix)
+    rows = list(trainer.train_dataset)
+    bco = {"loss": "bco_pair", "weight": 0.2, "reward_shift": "none"}
+    losses = [{"loss": "dpo", "weight": 0.8}, bco, {"loss": "sft_ref", "weight": 1.0}]
+    ours = reduced(mix_loss(pair_logps(rows, policy, reference), beta=0.3, losses=losses))
+    one_by_one = torch.stack([trl_loss(trainer, [row])[1] for row in rows]).mean()
     assert_same_loss_and_gradients((policy, ours), (trainer.model, one_by_one))
 
 

@@ -26,6 +26,7 @@ from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
 from dpo_cli.losses.bco_pair import bco_pair_loss
 from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.losses.kto import kto_loss
+from dpo_cli.losses.mix import mix_loss
 from dpo_cli.losses.pdpo import pdpo_loss
 from dpo_cli.losses.plackett_luce import plackett_luce_loss
 from dpo_cli.losses.sft_ref import sft_ref_loss
@@ -105,6 +106,18 @@ LOSSES = {
     "dpo, weighted": (functools.partial(dpo_loss, beta=0.3, use_weighting=True), 2),
     "kto": (functools.partial(kto_loss, beta=0.3), 2),
     "bco_pair": (functools.partial(bco_pair_loss, beta=0.3), 2),
+    "mix": (
+        functools.partial(
+            mix_loss,
+            beta=0.3,
+            losses=[
+                {"loss": "dpo", "weight": 0.8, "use_weighting": True},
+                {"loss": "bco_pair", "weight": 0.2},
+                {"loss": "sft_ref", "weight": 1.0},
+            ],
+        ),
+        2,
+    ),
     "aot": (functools.partial(aot_loss, beta=0.3), 2),
     "aot_unpaired": (functools.partial(aot_unpaired_loss, beta=0.3), 2),
     "plackett_luce": (functools.partial(plackett_luce_loss, beta=0.3), 3),
