@@ -80,6 +80,16 @@ def reference_free_has_no_reference(values: Values) -> ConfigError | None:
     )
 
 
+def divergence_has_a_reference(values: Values) -> ConfigError | None:
+    if not values["loss.reference_free"] or values["loss.f_divergence"] == "reverse_kl":
+        return None
+    return ConfigError(
+        f"loss.f_divergence={values['loss.f_divergence']} is measured from a reference, which is left out.",
+        where="loss.f_divergence",
+        hint="loss.reference_free=false or loss.f_divergence=reverse_kl",
+    )
+
+
 def template_has_fields(values: Values) -> ConfigError | None:
     template = values["data.prompt_template"]
     if template is None or re.search(r"\{\w+\}", template):
@@ -287,6 +297,7 @@ CHECKS: tuple[Check, ...] = (
     (adapter_names_its_reference, ("model.adapter", "model.reference")),
     (base_reference_has_an_adapter, ("model.adapter", "model.reference")),
     (reference_free_has_no_reference, ("loss.reference_free", "model.reference")),
+    (divergence_has_a_reference, ("loss.f_divergence", "loss.reference_free")),
     (template_has_fields, ("data.prompt_template",)),
     (float16_needs_loss_scaling, ("model.dtype", "hardware.zero_stage")),
     (workers_need_deepspeed, ("hardware.num_workers", "hardware.zero_stage")),

@@ -20,8 +20,8 @@ Normaliser = Literal["pairs", "tokens"]
 # What one training example is for a loss: the data room prepares rows accordingly.
 ExampleKind = Literal["pair", "ranked", "unpaired", "demonstration"]
 # What the output head can tell of each token's distribution beside the target's log-prob: its entropy in nats, whether
-# the target was the most probable token, the sum of its squared probabilities (WPO's weights are made of it).
-Statistic = Literal["entropy", "correct", "sum_squared_probs"]
+# the target was the most probable token, the log of the sum of its squared probabilities (for WPO's weights).
+Statistic = Literal["entropy", "correct", "log_sum_squared_probs"]
 # By name, sums over the (weighted) tokens of each response, detached.
 Statistics = Mapping[Statistic, Tensor]
 
@@ -129,6 +129,7 @@ class Declaration:
     statistics: what else the output head must tell of the policy; the loss finds it in its input's `statistics`.
     on_policy: the loss is also given SampleLogps, responses that the policy has just drawn, and its values for them,
         divided by their number, are added.
+    tail_weight: what the tokens of a response beyond the length of the other weigh in the sums of a pair.
     """
 
     takes: type
@@ -137,6 +138,7 @@ class Declaration:
     couples_batch: bool = False
     statistics: frozenset[Statistic] = frozenset()
     on_policy: bool = False
+    tail_weight: float = 1.0
 
     @property
     def kind(self) -> ExampleKind:
@@ -160,10 +162,12 @@ def declare(
     couples_batch: bool = False,
     statistics: Collection[Statistic] = (),
     on_policy: bool = False,
+    from_parameters: Callable[[Declaration, Mapping[str, Any]], Declaration] | None = None,
 ) -> Callable[[LossFunction], LossFunction]:
     """Attach a Declaration to a loss; the input type is read from the annotation of its first parameter.
 
     That of an on-policy loss is `PairLogps | SampleLogps`, or another kind in the first place.
+    from_parameters: what becomes of the declaration once all parameters are bound, where it depends on them.
     """
 
     def attach(function: LossFunction) -> LossFunction:
@@ -175,6 +179,7 @@ def declare(
             statistics=frozenset(statistics),
             on_policy=on_policy,
         )
+        function.from_parameters = from_parameters  # type: ignore[attr-defined]
         return function
 
     return attach
@@ -184,8 +189,9 @@ def declaration_of(function: Callable[..., Any]) -> Declaration:
     """The loss's own declaration; an undeclared function counts as an ordinary loss with a reference.
 
     function: the loss, or a functools.partial of it that holds its parameters, as Hydra's `_partial_` makes it.
-    A loss whose `reference_free` parameter is set needs no reference, and one whose `gamma` is 0 no samples, whatever
-    it declares.
+    Whatever it declares, a loss whose `reference_free` parameter is set needs no reference, one whose `gamma` is 0 no
+    samples; one whose `use_weighting` is set is told log_sum_squared_probs, and the `ld_alpha` of one on pairs is its
+    tail weight.
     """
     bare = function
     while isinstance(bare, functools.partial):
@@ -194,11 +200,23 @@ def declaration_of(function: Callable[..., Any]) -> Declaration:
     declaration = declared if declared is not None else Declaration(takes=_input_type(bare))
     # The signature of a partial shows the parameters it holds as defaults.
     given = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
-    if given.get("reference_free", inspect.Parameter.empty) not in (inspect.Parameter.empty, False, None):
+    from_parameters = getattr(bare, "from_parameters", None)
+    if from_parameters is not None and isinstance(function, functools.partial):
+        declaration = from_parameters(declaration, given)
+    if _is_set(given.get("reference_free")):
         declaration = replace(declaration, needs_reference=False)
+    if _is_set(given.get("use_weighting")):
+        declaration = replace(declaration, statistics=declaration.statistics | {"log_sum_squared_probs"})
+    ld_alpha = given.get("ld_alpha")
+    if isinstance(ld_alpha, int | float) and declaration.takes is PairLogps:
+        declaration = replace(declaration, tail_weight=float(ld_alpha))
     if declaration.on_policy and given.get("gamma") == 0:
         declaration = replace(declaration, on_policy=False)
     return declaration
+
+
+def _is_set(value: object) -> bool:
+    return value not in (inspect.Parameter.empty, False, None)
 
 
 def _input_type(function: Callable[..., Any]) -> type:

@@ -118,7 +118,7 @@ def _entropy(chunk: _Chunk) -> Tensor:
 _STATISTICS: dict[Statistic, Callable[[_Chunk], Tensor]] = {
     "entropy": _entropy,
     "correct": lambda chunk: chunk.best == chunk.targets,
-    "sum_squared_probs": lambda chunk: _row_dots(chunk.exps, chunk.exps) / chunk.norm.square(),
+    "log_sum_squared_probs": lambda chunk: _row_dots(chunk.exps, chunk.exps).log() - 2 * chunk.norm.log(),
 }
 
 

@@ -11,6 +11,7 @@ from dpo_cli.config.schema import Config, DataConfig
 from dpo_cli.data.example import Examples
 from dpo_cli.data.generator import Selected, Truths, split_by_prompt
 from dpo_cli.data.prepare import PreparedData, prepare_data
+from dpo_cli.data.tail_weights import TailWeighted
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.losses.types import ExampleKind
 from dpo_cli.policy.folder import resolve_model_folder
@@ -66,10 +67,14 @@ def run_data(config: Config, objective: Objective) -> RunData:
             where="data.generator",
             hint="data.generator_fraction=0.2, or data.generator=FILE of prompts and ground truths",
         )
+    held_out: Examples | None = prepared.eval
+    if objective.declaration.tail_weight != 1:
+        train = TailWeighted(train, objective.declaration.tail_weight)
+        held_out = None if held_out is None else TailWeighted(held_out, objective.declaration.tail_weight)
     sources = prepared.report.train.sources
     return RunData(
         train=train,
-        eval=prepared.eval,
+        eval=held_out,
         generator=generator if objective.declaration.on_policy else None,
         digest=digest,
         lines=tuple(lines),

@@ -22,9 +22,44 @@ CASES = {
     "key that is derived": ([REAL, "gradient_accumulation_steps=4"], ["leave it out", "global_pairs"]),
     "key of another optimiser": ([REAL, "optimizer.momentum=0.9"], ["optimizer.momentum", "optimizer=rmsprop has it"]),
     "parameter of another loss": (
-        [REAL, "loss=ipo", "loss.nll_alpha=1"],
-        ["no parameter nll_alpha", "loss=dpo and loss=pdpo have it"],
+        [REAL, "loss=ipo", "loss.reference_free=true"],
+        ["no parameter reference_free", "loss=dpo has it"],
     ),
+    "parameter of other losses": (
+        [REAL, "loss=hinge", "loss.average_logps=true"],
+        ["no parameter average_logps", "loss=dpo and loss=ipo have it"],
+    ),
+    "mix of what is not there": ([REAL, "loss=mix", "loss.losses=[{loss: dpoo, weight: 1}]"], ["did you mean dpo?"]),
+    "mix of text": ([REAL, "loss=mix", "loss.losses=dpo"], ["loss.losses must be a list of parts, not 'dpo'"]),
+    "part without its weight": (
+        [REAL, "loss=mix", "loss.losses=[{loss: dpo, weight: 1}, {loss: ipo}]"],
+        ["loss.losses[1] must be of the form {loss: NAME, weight: NUMBER}", "command line"],
+    ),
+    "part that weighs nothing": (
+        [REAL, "loss=mix", "loss.losses=[{loss: dpo, weight: 0}]"],
+        ["loss.losses[0].weight must be a number greater than 0, not 0"],
+    ),
+    "part with another's parameter": (
+        [REAL, "loss=mix", "loss.losses=[{loss: hinge, weight: 1, tau: 1}]"],
+        ["hinge_loss has no parameter tau", "loss=discopop has it"],
+    ),
+    "part out of range": (
+        [REAL, "loss=mix", "loss.losses=[{loss: exo_pair, weight: 1, label_smoothing: 0}]"],
+        ["loss.losses[0].label_smoothing must be greater than 0 and less than 0.5"],
+    ),
+    "part without what it needs": (
+        [REAL, "loss=mix", "loss.losses=[{loss: simpo, weight: 1, beta: 2}]"],
+        ["loss.losses[0].gamma must be given"],
+    ),
+    "divergence from nothing": (
+        [REAL, "loss.reference_free=true", "loss.f_divergence=forward_kl"],
+        ["loss.f_divergence=forward_kl is measured from a reference", "loss.reference_free=false"],
+    ),
+    "unknown divergence": (
+        [REAL, "loss.f_divergence=kl"],
+        ["loss.f_divergence must be one of reverse_kl, forward_kl, js_divergence, alpha_divergence"],
+    ),
+    "divergence out of range": ([REAL, "loss.f_alpha=1.5"], ["loss.f_alpha must be at least 0 and at most 1"]),
     "misspelt group": (["modle=tiny", "model=qwen2-0.5b"], ["no key modle", "did you mean model?"]),
     "unknown model": (["model=qwen2-7c"], ["no model qwen2-7c", "did you mean qwen2-7b?", "llama3-8b"]),
     "unknown loss": ([REAL, "loss=dpoo"], ["no loss dpoo", "did you mean dpo?"]),

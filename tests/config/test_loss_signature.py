@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dpo_cli.config.compose.composition import Request, compose
 from dpo_cli.config.loss_signature import read_signature
 from dpo_cli.config.schema import Config
 from dpo_cli.errors import ConfigError
+from dpo_cli.losses.dpo import dpo_loss
 
 SOURCE = '''
 raise RuntimeError("importing this is not allowed")
@@ -36,7 +38,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def configure(*overrides: str) -> Config:
-    own = ["~loss.beta", "~loss.label_smoothing", "~loss.nll_alpha", "~loss.average_logps", "~loss.reference_free"]
+    own = [f"~loss.{name}" for name in inspect.signature(dpo_loss).parameters if name != "pair"]
     return check(compose(Request(("model=qwen2-0.5b", *own, *overrides))))
 
 

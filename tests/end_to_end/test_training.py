@@ -53,16 +53,36 @@ def test_one_command_makes_a_trained_model_and_says_what_it_gained(workplace: Wo
 
 
 @pytest.mark.parametrize(
-    "loss", ["robust_dpo", "ipo", "hinge", "kto", "simpo", "orpo", "apo_zero", "plackett_luce", "sft_ref"]
-)
+    "loss",
+    [
+        "robust_dpo", "ipo", "hinge", "kto", "simpo", "orpo", "apo_zero", "plackett_luce", "sft_ref",
+        "apo_down", "nca_pair", "exo_pair", "sppo_hard", "discopop", "sigmoid_norm", "aot", "aot_unpaired", "bco_pair",
+        "cpo", "mix",
+    ],
+)  # fmt: skip
 def test_every_loss_trains_from_the_shell(workplace: Workplace, loss: str) -> None:
     done = workplace.train(f"loss={loss}", "run_dir=run", "max_steps=6", "eval_every=0", "save_every=0")
     assert done.returncode == 0, done.stderr
     first, last = workplace.metrics("run", "eval")
     assert last["loss"] < first["loss"]
-    starts = {"ipo": 1 / (4 * 0.1**2), "hinge": 1.0, "plackett_luce": LN2, "apo_zero": 1.0, "kto": 0.5}
+    starts = {
+        "ipo": 1 / (4 * 0.1**2), "hinge": 1.0, "plackett_luce": LN2, "apo_zero": 1.0, "kto": 0.5, "apo_down": 1.0,
+        "nca_pair": 2 * LN2, "exo_pair": -math.log(0.001 * 0.999) / 2 - LN2, "sppo_hard": 50.0,
+        "discopop": (1 + LN2) / 2, "sigmoid_norm": LN2, "aot": LN2, "aot_unpaired": LN2, "bco_pair": 2 * LN2,
+    }  # fmt: skip
     if loss in starts:
         assert first["loss"] == pytest.approx(starts[loss], rel=1e-5)
+
+
+def test_a_sweep_over_the_weight_of_tails_shares_what_the_reference_said(workplace: Workplace) -> None:
+    brief = ("max_steps=4", "eval_every=0", "save_every=0")
+    for alpha, nothing_to_score in ((1.0, 0), (0.25, 2)):
+        done = workplace.train(f"loss.ld_alpha={alpha}", f"run_dir=run{alpha}", *brief)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(" 0 to score") == nothing_to_score
+    whole, weighted = (workplace.metrics(f"run{alpha}", "eval")[0] for alpha in (1.0, 0.25))
+    assert weighted["loss"] == pytest.approx(LN2, abs=1e-5)
+    assert weighted["logps/chosen"] > whole["logps/chosen"]
 
 
 def test_sft_shows_both_log_probs_of_held_out_pairs_rising(workplace: Workplace) -> None:

@@ -25,6 +25,7 @@ from dpo_cli.errors import LossInputError
 from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.losses.kto import kto_loss
 from dpo_cli.losses.log_ratios import pair_log_ratios
+from dpo_cli.losses.mix import mix_loss
 from dpo_cli.losses.types import (
     Declaration,
     DemonstrationLogps,
@@ -47,9 +48,20 @@ DECLARED = {
     "ipo": PAIR,
     "hinge": PAIR,
     "apo_zero": PAIR,
+    "apo_down": PAIR,
+    "exo_pair": PAIR,
+    "nca_pair": PAIR,
+    "sppo_hard": PAIR,
+    "discopop": PAIR,
+    "sigmoid_norm": PAIR,
     "pdpo": Declaration(PairLogps, on_policy=True),
     "simpo": Declaration(PairLogps, needs_reference=False),
+    "cpo": Declaration(PairLogps, needs_reference=False),
     "orpo": Declaration(PairLogps, needs_reference=False),
+    "aot": Declaration(PairLogps, couples_batch=True),
+    "aot_unpaired": Declaration(PairLogps, couples_batch=True),
+    "bco_pair": Declaration(PairLogps, couples_batch=True),
+    "mix": PAIR,
     "kto": Declaration(UnpairedLogps, couples_batch=True),
     "plackett_luce": Declaration(RankedLogps),
     "sft_ref": Declaration(DemonstrationLogps, normaliser="tokens", needs_reference=False),
@@ -63,7 +75,7 @@ def shipped(name: str) -> Callable[..., Any]:
 
 def test_every_shipped_loss_is_in_the_list_above() -> None:
     modules = {module.name for module in pkgutil.iter_modules(dpo_cli.losses.__path__)}
-    assert modules - {"types", "log_ratios"} == set(DECLARED)
+    assert modules - {"types", "log_ratios", "f_divergence"} == set(DECLARED)
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -118,7 +130,7 @@ def test_the_documented_defaults_are_the_shipped_ones(name: str) -> None:
     if not page.exists():
         pytest.skip("the documentation does not travel with an installed package")
     (row,) = [line for line in page.read_text().splitlines() if line.startswith(f"| `{name}` | `")]
-    written = dict(re.findall(r"\b(\w+)=([\w.]+)", row.split(" | ")[2]))
+    written = dict(re.findall(r"\b(\w+)=(\[.*?\]|[\w.]+)", row.split(" | ")[2]))
     assert {key: yaml.safe_load(value) for key, value in written.items()} == shipped_parameters(name)
 
 
@@ -134,6 +146,48 @@ def test_reference_free_dpo_declares_that_it_needs_no_reference() -> None:
     outer = functools.partial(functools.partial(dpo_loss, reference_free=False), **free.keywords)
     assert not declaration_of(outer).needs_reference
     assert declaration_of(functools.partial(free, reference_free=False)).needs_reference
+
+
+def test_weighted_dpo_asks_for_what_its_weights_are_made_of() -> None:
+    assert declaration_of(functools.partial(dpo_loss, beta=0.1, use_weighting=False)) == PAIR
+    weighted = functools.partial(dpo_loss, beta=0.1, use_weighting=True)
+    assert declaration_of(weighted) == Declaration(PairLogps, statistics=frozenset({"log_sum_squared_probs"}))
+
+
+def test_ld_alpha_is_the_tail_weight_of_a_loss_on_pairs() -> None:
+    assert declaration_of(functools.partial(dpo_loss, beta=0.1)).tail_weight == 1
+    assert declaration_of(functools.partial(dpo_loss, beta=0.1, ld_alpha=0)) == Declaration(PairLogps, tail_weight=0.0)
+
+    def ranked(ranked: RankedLogps, *, ld_alpha: float = 0.5) -> LossValues: ...
+
+    assert declaration_of(ranked).tail_weight == 1
+
+
+def test_a_mix_needs_what_its_parts_need() -> None:
+    def mixed(*losses: dict[str, Any]) -> Declaration:
+        return declaration_of(functools.partial(mix_loss, beta=0.1, losses=[{"weight": 1, **each} for each in losses]))
+
+    assert mixed({"loss": "dpo"}, {"loss": "sft_ref"}) == PAIR
+    assert mixed({"loss": "cpo"}, {"loss": "sft_ref"}) == Declaration(PairLogps, needs_reference=False)
+    assert mixed({"loss": "cpo"}, {"loss": "hinge"}) == PAIR
+    assert mixed({"loss": "dpo"}, {"loss": "aot"}) == Declaration(PairLogps, couples_batch=True)
+    weighted = mixed({"loss": "dpo", "use_weighting": True}, {"loss": "ipo"})
+    assert weighted == Declaration(PairLogps, statistics=frozenset({"log_sum_squared_probs"}))
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([{"loss": "kto", "weight": 1}], "kto cannot be part of a mix: it does not take pairs"),
+        ([{"loss": "pdpo", "weight": 1, "gamma": 0.3}], "learns from samples"),
+        ([{"loss": "dpo", "weight": 1, "ld_alpha": 0.5}], "ld_alpha"),
+        ([{"loss": "dpo", "weight": 1}, {"loss": "dpo", "weight": 2}], "names dpo twice"),
+        ([{"loss": "my_losses.nothing", "weight": 1}], "cannot be imported"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(losses: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(LossInputError, match=said):
+        declaration_of(functools.partial(mix_loss, beta=0.1, losses=losses))
 
 
 def test_reference_free_may_be_a_default_of_a_users_loss() -> None:

@@ -14,15 +14,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_cli.errors import LossInputError
+from dpo_cli.losses.aot import aot_loss
+from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
+from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
+from dpo_cli.losses.bco_pair import bco_pair_loss
+from dpo_cli.losses.cpo import cpo_loss
+from dpo_cli.losses.discopop import discopop_loss
 from dpo_cli.losses.dpo import dpo_loss
+from dpo_cli.losses.exo_pair import exo_pair_loss
 from dpo_cli.losses.hinge import hinge_loss
 from dpo_cli.losses.ipo import ipo_loss
 from dpo_cli.losses.kto import kto_loss
+from dpo_cli.losses.mix import mix_loss
+from dpo_cli.losses.nca_pair import nca_pair_loss
 from dpo_cli.losses.orpo import orpo_loss
 from dpo_cli.losses.plackett_luce import plackett_luce_loss
 from dpo_cli.losses.robust_dpo import robust_dpo_loss
+from dpo_cli.losses.sigmoid_norm import sigmoid_norm_loss
 from dpo_cli.losses.simpo import simpo_loss
+from dpo_cli.losses.sppo_hard import sppo_hard_loss
 from dpo_cli.losses.types import LossValues, PairLogps, RankedLogps, UnpairedLogps
 
 PairLoss = Callable[[PairLogps], LossValues]
@@ -31,15 +42,32 @@ WITH_REFERENCE: dict[str, PairLoss] = {
     "dpo": partial(dpo_loss, beta=0.1),
     "dpo, smoothed": partial(dpo_loss, beta=0.1, label_smoothing=0.2),
     "dpo of averages": partial(dpo_loss, beta=2.0, average_logps=True),
+    "dpo, forward_kl": partial(dpo_loss, beta=0.1, f_divergence="forward_kl"),
+    "dpo, js_divergence": partial(dpo_loss, beta=0.1, f_divergence="js_divergence"),
+    "dpo, alpha_divergence": partial(dpo_loss, beta=0.1, f_divergence="alpha_divergence", f_alpha=0.3),
     "robust_dpo": partial(robust_dpo_loss, beta=0.1, label_smoothing=0.2),
     "ipo": partial(ipo_loss, beta=0.25),
     "ipo of sums": partial(ipo_loss, beta=0.25, average_logps=False),
     "hinge": partial(hinge_loss, beta=0.1),
     "apo_zero": partial(apo_zero_loss, beta=0.1),
+    "apo_down": partial(apo_down_loss, beta=0.1),
+    "exo_pair": partial(exo_pair_loss, beta=0.1, label_smoothing=0.05),
+    "nca_pair": partial(nca_pair_loss, beta=0.1),
+    "sppo_hard": partial(sppo_hard_loss, beta=0.25),
+    "discopop": partial(discopop_loss, beta=0.1),
+    "sigmoid_norm": partial(sigmoid_norm_loss, beta=5.0),
+    "aot": partial(aot_loss, beta=0.1),
+    "aot, smoothed": partial(aot_loss, beta=0.1, label_smoothing=0.2),
+    "aot_unpaired": partial(aot_unpaired_loss, beta=0.1),
+    "bco_pair": partial(bco_pair_loss, beta=0.1),
+    "bco_pair, unshifted": partial(bco_pair_loss, beta=0.1, reward_shift="none"),
+    "mix": partial(mix_loss, beta=0.1, losses=[{"loss": "dpo", "weight": 0.8}, {"loss": "apo_zero", "weight": 0.3}]),
 }
 WITHOUT_REFERENCE: dict[str, PairLoss] = {
     "dpo, reference-free": partial(dpo_loss, beta=0.1, reference_free=True),
     "simpo": partial(simpo_loss, beta=2.0, gamma=1.0),
+    "simpo with nll": partial(simpo_loss, beta=2.0, gamma=1.0, nll_alpha=0.5),
+    "cpo": partial(cpo_loss, beta=0.1),
     "orpo": partial(orpo_loss, beta=0.1),
 }
 PAIR_LOSSES = WITH_REFERENCE | WITHOUT_REFERENCE
@@ -76,11 +104,26 @@ def swapped(pair: PairLogps) -> PairLogps:
         ("dpo", math.log(2)),
         ("dpo, smoothed", math.log(2)),
         ("dpo of averages", math.log(2)),
+        ("dpo, forward_kl", math.log(2)),
+        ("dpo, js_divergence", math.log(2)),
+        ("dpo, alpha_divergence", math.log(2)),
         ("robust_dpo", math.log(2)),
         ("ipo", 1 / (4 * 0.25**2)),
         ("ipo of sums", 1 / (4 * 0.25**2)),
         ("hinge", 1.0),
         ("apo_zero", 1.0),
+        ("apo_down", 1.0),
+        ("exo_pair", -math.log(0.05 * 0.95) / 2 - math.log(2)),
+        ("nca_pair", 2 * math.log(2)),
+        ("sppo_hard", 1 / (2 * 0.25**2)),
+        ("discopop", (1 + math.log(2)) / 2),
+        ("sigmoid_norm", math.log(2)),
+        ("aot", math.log(2)),
+        ("aot, smoothed", math.log(2)),
+        ("aot_unpaired", math.log(2)),
+        ("bco_pair", 2 * math.log(2)),
+        ("bco_pair, unshifted", 2 * math.log(2)),
+        ("mix", 0.8 * math.log(2) + 0.3),
     ],
 )
 def test_a_policy_equal_to_its_reference_has_the_known_start_value(name: str, start: float, dtype: torch.dtype) -> None:
@@ -145,6 +188,132 @@ def test_smoothed_dpo_is_the_expectation_of_dpo_over_flipped_labels(ratios: tupl
     pair = one_pair(*ratios)
     expectation = (1 - flip) * dpo_loss(pair, beta=0.3).values + flip * dpo_loss(swapped(pair), beta=0.3).values
     torch.testing.assert_close(dpo_loss(pair, beta=0.3, label_smoothing=flip).values, expectation)
+
+
+# --- what single losses aim at ---------------------------------------------------------------------------------------
+
+
+def slopes(loss: PairLoss, chosen: float, rejected: float) -> tuple[float, float]:
+    """d value / d log-ratio of the chosen and of the rejected response."""
+    pair = one_pair(chosen, rejected)
+    w, l_ = pair.policy_chosen.requires_grad_(), pair.policy_rejected.requires_grad_()
+    up, down = torch.autograd.grad(loss(replace(pair, policy_chosen=w, policy_rejected=l_)).values.sum(), (w, l_))
+    return float(up), float(down)
+
+
+@pytest.mark.parametrize("smoothing", [1e-3, 0.1, 0.3])
+def test_exo_and_smoothed_dpo_aim_at_the_same_margin_and_exo_is_a_divergence(smoothing: float) -> None:
+    aim = math.log((1 - smoothing) / smoothing) / 0.1
+    exo = partial(exo_pair_loss, beta=0.1, label_smoothing=smoothing)
+    assert exo(one_pair(aim, 0.0)).values.item() == pytest.approx(0, abs=1e-12)
+    for loss in (exo, partial(dpo_loss, beta=0.1, label_smoothing=smoothing)):
+        assert slopes(loss, aim, 0.0) == pytest.approx((0, 0), abs=1e-12)
+    for elsewhere in (aim - 3, aim + 3, -50.0, 200.0):
+        assert exo(one_pair(elsewhere, 0.0)).values.item() > 1e-6
+
+
+@pytest.mark.parametrize("rejected", [-20.0, 0.0, 20.0])
+def test_nca_holds_the_chosen_reward_at_log_2_whatever_becomes_of_the_rejected_one(rejected: float) -> None:
+    loss = partial(nca_pair_loss, beta=0.1)
+    assert slopes(loss, math.log(2) / 0.1, rejected)[0] == pytest.approx(0, abs=1e-12)
+    assert slopes(loss, 0.0, rejected)[0] < 0 < slopes(loss, 10.0, rejected)[0]
+    assert slopes(loss, 0.0, rejected)[1] > 0
+
+
+def test_sppo_is_content_half_an_inverse_beta_away_on_either_side() -> None:
+    loss = partial(sppo_hard_loss, beta=0.1)
+    assert loss(one_pair(5.0, -5.0)).values.item() == 0
+    assert slopes(loss, 5.0, -5.0) == (0, 0)
+
+
+def test_apo_down_starts_with_the_rejected_response_and_ends_by_lowering_the_chosen_one() -> None:
+    loss = partial(apo_down_loss, beta=0.1)
+    up, down = slopes(loss, 0.0, 0.0)
+    assert up == pytest.approx(0, abs=1e-15) and down > 0
+    assert slopes(loss, 10.0, -150.0)[0] > 0
+    # apo_zero raises it, from the same start.
+    assert slopes(partial(apo_zero_loss, beta=0.1), 0.0, 0.0)[0] < 0
+
+
+def test_discopop_is_dpo_where_the_ranking_is_wrong_and_exponential_where_it_is_right() -> None:
+    loss = partial(discopop_loss, beta=0.1)
+    assert loss(one_pair(-30.0, 0.0)).values.item() == pytest.approx(dpo_loss(one_pair(-30.0, 0.0), beta=0.1).values)
+    assert loss(one_pair(30.0, 0.0)).values.item() == pytest.approx(math.exp(-3))
+    # The dip just below 0 that the docstring warns of: a minimum between higher values.
+    at = [loss(one_pair(margin, 0.0)).values.item() for margin in (-3.0, -1.2, 0.0)]
+    assert at[1] < at[0] and at[1] < at[2]
+
+
+@given(ratios=st.tuples(st.floats(-20, 20), st.floats(-20, 20)))
+@settings(deadline=None, max_examples=30)
+def test_alpha_divergence_goes_from_forward_to_reverse_kl(ratios: tuple[float, float]) -> None:
+    pair = one_pair(*ratios)
+    alpha = partial(dpo_loss, beta=0.1, f_divergence="alpha_divergence")
+    forward = dpo_loss(pair, beta=0.1, f_divergence="forward_kl").values
+    torch.testing.assert_close(alpha(pair, f_alpha=0.0).values, forward)
+    plain = dpo_loss(pair, beta=0.1).values
+    torch.testing.assert_close(alpha(pair, f_alpha=1.0).values, plain, rtol=0, atol=0)
+    torch.testing.assert_close(alpha(pair, f_alpha=1 - 2e-6).values, plain, rtol=1e-3, atol=1e-6)
+
+
+def test_another_divergence_than_dpos_needs_its_reference() -> None:
+    with pytest.raises(LossInputError, match="reference_free"):
+        dpo_loss(one_pair(0.0, 0.0), beta=0.1, f_divergence="forward_kl", reference_free=True)
+
+
+@pytest.mark.parametrize("loss", [aot_loss, aot_unpaired_loss])
+@given(ratios=st.tuples(log_ratios, log_ratios), smoothing=st.floats(0, 0.45))
+@settings(deadline=None, max_examples=30)
+def test_optimal_transport_of_one_pair_is_dpo(
+    loss: Callable[..., LossValues], ratios: tuple[float, float], smoothing: float
+) -> None:
+    pair = one_pair(*ratios)
+    expected = dpo_loss(pair, beta=0.1, label_smoothing=smoothing).values
+    torch.testing.assert_close(loss(pair, beta=0.1, label_smoothing=smoothing).values, expected, rtol=1e-12, atol=0)
+
+
+@given(chosen=log_ratios, rejected=log_ratios, drift=log_ratios)
+@settings(deadline=None, max_examples=30)
+def test_a_drift_that_all_rewards_share_moves_bco_only_if_nothing_shifts(
+    chosen: float, rejected: float, drift: float
+) -> None:
+    there, here = one_pair(chosen, rejected), one_pair(chosen + drift, rejected + drift)
+    loss = partial(bco_pair_loss, beta=0.1)
+    torch.testing.assert_close(loss(here).values, loss(there).values, rtol=1e-9, atol=1e-9)
+    if abs(drift) > 1:
+        plain = partial(loss, reward_shift="none")
+        assert plain(one_pair(drift, drift)).values > plain(one_pair(0.0, 0.0)).values
+
+
+def test_a_mix_is_the_weighted_sum_of_its_parts_in_value_and_slope() -> None:
+    pair = one_pair(3.0, -4.0)
+    parts: list[tuple[float, str, PairLoss]] = [
+        (0.8, "dpo", partial(dpo_loss, beta=0.3)),
+        (0.2, "bco_pair", partial(bco_pair_loss, beta=0.3)),
+        (0.5, "simpo", partial(simpo_loss, beta=2.0, gamma=0.7)),
+        (1.0, "sft_ref", lambda pair: LossValues(-pair.policy_chosen / pair.chosen_tokens)),
+    ]
+    own = {"simpo": {"beta": 2.0, "gamma": 0.7}}
+    mixed = partial(mix_loss, beta=0.3, losses=[{"loss": n, "weight": w, **own.get(n, {})} for w, n, _ in parts])
+    result = mixed(pair)
+    expected = torch.stack([weight * loss(pair).values for weight, _, loss in parts]).sum(0)
+    torch.testing.assert_close(result.values, expected, rtol=1e-12, atol=0)
+    for _, name, loss in parts:
+        torch.testing.assert_close(result.parts[f"loss/{name}"], loss(pair).values)
+    sums = [sum(weight * slopes(loss, 3.0, -4.0)[side] for weight, _, loss in parts[:3]) for side in (0, 1)]
+    assert slopes(mixed, 3.0, -4.0) == pytest.approx((sums[0] - 1 / 20, sums[1]), rel=1e-12)
+    assert result.rewards == dpo_loss(pair, beta=0.3).rewards
+
+
+@given(permutation=st.permutations(range(6)))
+@settings(deadline=None, max_examples=20)
+def test_unpaired_transport_does_not_ask_who_stands_beside_whom(permutation: list[int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    w, l_, rw, rl = (-torch.rand(6, dtype=torch.float64, generator=generator) * 40 for _ in range(4))
+    tokens = torch.full((6,), 20.0).double()
+    beside = aot_unpaired_loss(PairLogps(w, l_, rw, rl, tokens, tokens), beta=0.3).values
+    elsewhere = PairLogps(w, l_[permutation], rw, rl[permutation], tokens, tokens)
+    torch.testing.assert_close(aot_unpaired_loss(elsewhere, beta=0.3).values, beside)
 
 
 @given(ratios=st.lists(log_ratios, min_size=2, max_size=2), beta=st.floats(0.01, 1))
@@ -254,6 +423,12 @@ def test_a_reference_that_would_broadcast_is_refused() -> None:
     assert pair.reference_chosen is not None
     with pytest.raises(LossInputError, match="shape"):
         dpo_loss(replace(pair, reference_chosen=pair.reference_chosen[:, None]), beta=0.1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_exo_refuses_labels_that_are_certain_or_say_nothing(smoothing: float) -> None:
+    with pytest.raises(LossInputError, match="label_smoothing"):
+        exo_pair_loss(one_pair(0.0, 0.0), beta=0.1, label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("flip", [-0.1, 0.5, 0.9])

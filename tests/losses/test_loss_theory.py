@@ -74,6 +74,33 @@ def test_dpo_converges_to_the_closed_form(world: tuple[Tensor, Tensor], beta: fl
     torch.testing.assert_close(found, closed_form(reference, reward, beta), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "f"),
+    [
+        ("forward_kl", lambda u: -u.log()),
+        ("js_divergence", lambda u: u * u.log() - (u + 1) * ((u + 1) / 2).log()),
+        ("alpha_divergence", lambda u: (u**0.4 - 0.4 * u - 0.6) / (0.4 * (0.4 - 1))),
+    ],
+)
+def test_f_dpo_converges_to_the_policy_that_its_divergence_makes_optimal(
+    world: tuple[Tensor, Tensor], divergence: str, f: Callable[[Tensor], Tensor]
+) -> None:
+    # The maximum of E[reward] - beta * sum of reference * f(policy / reference), found by itself.
+    reference, reward = world
+    beta = 2.0
+    optimum = minimise(
+        lambda policy: beta * (reference.exp() * f((policy - reference).exp())).sum() - (policy.exp() * reward).sum()
+    )
+    found = minimise(
+        lambda policy: (
+            preferred(reward)
+            * dpo_loss(every_pair(policy, reference), beta=beta, f_divergence=divergence, f_alpha=0.4).values
+        ).sum()
+    )
+    torch.testing.assert_close(found, optimum, rtol=0, atol=1e-5)
+    assert (found - closed_form(reference, reward, beta)).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("k", [3, 4])
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_plackett_luce_converges_to_the_same_closed_form(world: tuple[Tensor, Tensor], beta: float, k: int) -> None:

@@ -9,23 +9,38 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dpo_cli.data.example import Example
+from dpo_cli.data.tail_weights import TailWeighted
+from dpo_cli.losses.aot import aot_loss
+from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
+from dpo_cli.losses.apo_down import apo_down_loss
 from dpo_cli.losses.apo_zero import apo_zero_loss
+from dpo_cli.losses.bco_pair import bco_pair_loss
+from dpo_cli.losses.cpo import cpo_loss
+from dpo_cli.losses.discopop import discopop_loss
 from dpo_cli.losses.dpo import dpo_loss
+from dpo_cli.losses.exo_pair import exo_pair_loss
 from dpo_cli.losses.hinge import hinge_loss
 from dpo_cli.losses.ipo import ipo_loss
 from dpo_cli.losses.kto import kto_loss
+from dpo_cli.losses.mix import mix_loss
+from dpo_cli.losses.nca_pair import nca_pair_loss
 from dpo_cli.losses.orpo import orpo_loss
 from dpo_cli.losses.robust_dpo import robust_dpo_loss
 from dpo_cli.losses.sft_ref import sft_ref_loss
+from dpo_cli.losses.sigmoid_norm import sigmoid_norm_loss
 from dpo_cli.losses.simpo import simpo_loss
+from dpo_cli.losses.sppo_hard import sppo_hard_loss
 from dpo_cli.losses.types import (
     DemonstrationLogps,
     LossValues,
@@ -44,6 +59,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 Row = dict[str, Any]
 WORDS = 40
+SIDES = ("chosen", "rejected")
 ROWS: list[Row] = [
     {"prompt": "w1 w2 w3", "chosen": " w4 w5 w6 w7", "rejected": " w8"},
     {"prompt": "w9", "chosen": " w10", "rejected": " w11 w12 w13 w14 w15 w16"},
@@ -117,6 +133,34 @@ def response_logps(model: Any, prompts: Sequence[list[int]], responses: Sequence
     return torch.stack(sums)
 
 
+@torch.no_grad()
+def log_sums_of_squared_probs(model: Any, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
+    """(n,) of each response, the sum over its tokens of log(sum of squared probabilities)."""
+    sums = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        sums.append(torch.logsumexp(2 * logps, -1).sum())
+    return torch.stack(sums)
+
+
+def weighted_sums(model: Any, example: Example) -> Tensor:
+    """(responses,) of one example, with its token weights."""
+    sums = []
+    for response, weights in zip(example.responses, example.weights or (), strict=True):
+        ids = torch.tensor([*example.prompt.tolist(), *response.tolist()])
+        logps = model(ids[None]).logits[0].log_softmax(-1)[len(example.prompt) - 1 : -1]
+        sums.append(
+            (logps[torch.arange(len(response)), torch.from_numpy(response).long()] * torch.tensor(weights)).sum()
+        )
+    return torch.stack(sums)
+
+
+class Listed(list[Example]):
+    @property
+    def sizes(self) -> Any:
+        return np.array([example.packed_tokens for example in self], dtype=np.int32)
+
+
 def lengths(responses: Sequence[list[int]]) -> Tensor:
     return torch.tensor([float(len(response)) for response in responses])
 
@@ -186,6 +230,27 @@ DPO_TRAINER_LOSSES: dict[str, tuple[Callable[[PairLogps], LossValues], dict[str,
         partial(dpo_loss, beta=2.0, average_logps=True),
         {"loss_type": "sigmoid_norm", "beta": 2.0},
     ),
+    "dpo, forward_kl": (
+        partial(dpo_loss, beta=0.3, f_divergence="forward_kl"),
+        {"loss_type": "sigmoid", "beta": 0.3, "f_divergence_type": "forward_kl"},
+    ),
+    "dpo, js_divergence": (
+        partial(dpo_loss, beta=0.3, f_divergence="js_divergence"),
+        {"loss_type": "sigmoid", "beta": 0.3, "f_divergence_type": "js_divergence"},
+    ),
+    "dpo, alpha_divergence": (
+        partial(dpo_loss, beta=0.3, f_divergence="alpha_divergence", f_alpha=0.7),
+        {
+            "loss_type": "sigmoid",
+            "beta": 0.3,
+            "f_divergence_type": "alpha_divergence",
+            "f_alpha_divergence_coef": 0.7,
+        },
+    ),
+    "dpo of averages, js_divergence": (
+        partial(dpo_loss, beta=2.0, average_logps=True, f_divergence="js_divergence"),
+        {"loss_type": "sigmoid_norm", "beta": 2.0, "f_divergence_type": "js_divergence"},
+    ),
     "robust_dpo": (
         partial(robust_dpo_loss, beta=0.3, label_smoothing=0.2),
         {"loss_type": "robust", "beta": 0.3, "label_smoothing": 0.2},
@@ -193,6 +258,48 @@ DPO_TRAINER_LOSSES: dict[str, tuple[Callable[[PairLogps], LossValues], dict[str,
     "ipo": (partial(ipo_loss, beta=0.3), {"loss_type": "ipo", "beta": 0.3}),
     "hinge": (partial(hinge_loss, beta=0.1), {"loss_type": "hinge", "beta": 0.1}),
     "apo_zero": (partial(apo_zero_loss, beta=0.3), {"loss_type": "apo_zero", "beta": 0.3}),
+    "apo_down": (partial(apo_down_loss, beta=0.3), {"loss_type": "apo_down", "beta": 0.3}),
+    "exo_pair": (
+        partial(exo_pair_loss, beta=0.3, label_smoothing=0.01),
+        {"loss_type": "exo_pair", "beta": 0.3, "label_smoothing": 0.01},
+    ),
+    "nca_pair": (partial(nca_pair_loss, beta=0.3), {"loss_type": "nca_pair", "beta": 0.3}),
+    "sppo_hard": (partial(sppo_hard_loss, beta=0.3), {"loss_type": "sppo_hard", "beta": 0.3}),
+    "discopop": (
+        partial(discopop_loss, beta=0.3, tau=0.2),
+        {"loss_type": "discopop", "beta": 0.3, "discopop_tau": 0.2},
+    ),
+    "sigmoid_norm": (partial(sigmoid_norm_loss, beta=2.0), {"loss_type": "sigmoid_norm", "beta": 2.0}),
+    "bco_pair, unshifted": (
+        partial(bco_pair_loss, beta=0.3, reward_shift="none"),
+        {"loss_type": "bco_pair", "beta": 0.3},
+    ),
+    "mix": (
+        partial(
+            mix_loss,
+            beta=0.3,
+            losses=[
+                {"loss": "dpo", "weight": 0.8},
+                {"loss": "bco_pair", "weight": 0.2, "reward_shift": "none"},
+                {"loss": "aot", "weight": 0.5},
+                {"loss": "discopop", "weight": 0.1, "tau": 0.2},
+            ],
+        ),
+        {
+            "loss_type": ["sigmoid", "bco_pair", "aot", "discopop"],
+            "loss_weights": [0.8, 0.2, 0.5, 0.1],
+            "beta": 0.3,
+            "discopop_tau": 0.2,
+        },
+    ),
+    "aot": (
+        partial(aot_loss, beta=0.3, label_smoothing=0.1),
+        {"loss_type": "aot", "beta": 0.3, "label_smoothing": 0.1},
+    ),
+    "aot_unpaired": (
+        partial(aot_unpaired_loss, beta=0.3, label_smoothing=0.1),
+        {"loss_type": "aot_unpaired", "beta": 0.3, "label_smoothing": 0.1},
+    ),
 }
 
 
@@ -201,6 +308,49 @@ def test_losses_of_dpo_trainer(name: str, tmp_path: Path, tokenizer: Any, policy
     loss, settings = DPO_TRAINER_LOSSES[name]
     trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, **settings)
     pair = pair_logps(list(trainer.train_dataset), policy, reference)
+    assert_same_loss_and_gradients((policy, reduced(loss(pair))), trl_loss(trainer))
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_wpo_weights_are_trls(averaged: bool, tmp_path: Path, tokenizer: Any, policy: Any, reference: Any) -> None:
+    beta, loss_type = (2.0, "sigmoid_norm") if averaged else (0.3, "sigmoid")
+    settings = {"loss_type": loss_type, "beta": beta, "use_weighting": True}
+    trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, **settings)
+    rows = list(trainer.train_dataset)
+    pair = pair_logps(rows, policy, reference)
+    sums = [
+        log_sums_of_squared_probs(policy, [row["prompt_ids"] for row in rows], [row[f"{side}_ids"] for row in rows])
+        for side in ("chosen", "rejected")
+    ]
+    pair = replace(pair, statistics={"log_sum_squared_probs": torch.stack(sums, dim=1)})
+    loss = reduced(dpo_loss(pair, beta=beta, average_logps=averaged, use_weighting=True))
+    model, theirs = trl_loss(trainer)
+    # Responses so unlikely have small weights. Multiplied by as much, equality means as much as elsewhere.
+    scale = 1 / loss.item()
+    plain = reduced(dpo_loss(pair, beta=beta, average_logps=averaged))
+    assert abs(loss - plain) > 0.1, "the weights must count"
+    assert_same_loss_and_gradients((policy, scale * loss), (model, scale * theirs))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_ld_dpo_is_trls(alpha: float, tmp_path: Path, tokenizer: Any, policy: Any, reference: Any) -> None:
+    trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, loss_type="sigmoid", beta=0.3, ld_alpha=alpha)
+    rows = list(trainer.train_dataset)
+    loss = partial(dpo_loss, beta=0.3, ld_alpha=alpha)
+    examples = [
+        Example(np.array(row["prompt_ids"], np.int32), tuple(np.array(row[f"{s}_ids"], np.int32) for s in SIDES))
+        for row in rows
+    ]
+    # As the data come to the loss: every sum with the weights that the wrapper gives.
+    weighted = TailWeighted(Listed(examples), declaration_of(loss).tail_weight)
+    policies, references = (
+        torch.stack([weighted_sums(model, weighted[number]) for number in range(len(rows))])
+        for model in (policy, reference)
+    )
+    tokens = torch.tensor([[float(each.sum()) for each in weighted[n].weights or ()] for n in range(len(rows))])
+    pair = PairLogps(*policies.T, *references.detach().T, *tokens.T)
+    plain = reduced(dpo_loss(pair_logps(rows, policy, reference), beta=0.3))
+    assert (reduced(loss(pair)) - plain).abs() > 1e-2, "the tails must count"
     assert_same_loss_and_gradients((policy, reduced(loss(pair))), trl_loss(trainer))
 
 
@@ -237,6 +387,18 @@ def test_nll_alpha_is_trls_mix_of_sigmoid_and_sft_where_the_two_reduce_alike(
     one_by_one = torch.stack([trl_loss(trainer, [row])[1] for row in rows]).mean()
     # In a batch of unequal lengths they do not: the documented deviation.
     assert (ours - trl_loss(trainer)[1]).abs() > 1e-3
+    assert_same_loss_and_gradients((policy, ours), (trainer.model, one_by_one))
+
+
+def test_mpo_is_trls_one_pair_at_a_time(tmp_path: Path, tokenizer: Any, policy: Any, reference: Any) -> None:
+    # In a batch the sft terms differ, as for nll_alpha above.
+    mix = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.3}
+    trainer = dpo_trainer(tmp_path, tokenizer, policy, reference, ROWS, **mix)
+    rows = list(trainer.train_dataset)
+    bco = {"loss": "bco_pair", "weight": 0.2, "reward_shift": "none"}
+    losses = [{"loss": "dpo", "weight": 0.8}, bco, {"loss": "sft_ref", "weight": 1.0}]
+    ours = reduced(mix_loss(pair_logps(rows, policy, reference), beta=0.3, losses=losses))
+    one_by_one = torch.stack([trl_loss(trainer, [row])[1] for row in rows]).mean()
     assert_same_loss_and_gradients((policy, ours), (trainer.model, one_by_one))
 
 
@@ -326,6 +488,7 @@ def reference_free_trainer(folder: Path, tokenizer: Any, policy: Any, kind: str,
 
 CPO_TRAINER_LOSSES: dict[str, tuple[Callable[[PairLogps], LossValues], dict[str, Any]]] = {
     "simpo": (partial(simpo_loss, beta=2.0, gamma=0.8), {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.8}),
+    "cpo without imitation": (partial(cpo_loss, beta=0.2, nll_alpha=0.0), {"loss_type": "sigmoid", "beta": 0.2}),
     "dpo, reference-free": (
         partial(dpo_loss, beta=0.2, reference_free=True),
         {"loss_type": "sigmoid", "beta": 0.2},
@@ -343,6 +506,32 @@ def test_reference_free_losses_of_cpo_trainer(name: str, tmp_path: Path, tokeniz
     trainer = reference_free_trainer(tmp_path, tokenizer, policy, "cpo", cpo_alpha=0.0, **settings)
     ours = reduced(loss(pair_logps(TOKEN_ROWS, policy, None)))
     theirs = trainer.compute_loss(trainer.model, collated(TOKEN_ROWS))
+    assert_same_loss_and_gradients((policy, ours), (trainer.model, theirs))
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        (partial(cpo_loss, beta=0.2, nll_alpha=0.6), {"loss_type": "sigmoid", "beta": 0.2}),
+        (
+            partial(cpo_loss, beta=0.2, nll_alpha=0.6, label_smoothing=0.1),
+            {"loss_type": "sigmoid", "beta": 0.2, "label_smoothing": 0.1},
+        ),
+        (
+            partial(simpo_loss, beta=2.0, gamma=0.8, nll_alpha=0.6),
+            {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.8},
+        ),
+    ],
+    ids=["cpo", "cpo, smoothed", "cpo-simpo"],
+)
+def test_cpo_is_trls_one_pair_at_a_time(
+    loss: Callable[[PairLogps], LossValues], settings: dict[str, Any], tmp_path: Path, tokenizer: Any, policy: Any
+) -> None:
+    # TRL's NLL is a mean over the tokens of the batch, ours of each response first.
+    trainer = reference_free_trainer(tmp_path, tokenizer, policy, "cpo", cpo_alpha=0.6, **settings)
+    theirs = torch.stack([trainer.compute_loss(trainer.model, collated([row])) for row in TOKEN_ROWS]).mean()
+    ours = reduced(loss(pair_logps(TOKEN_ROWS, policy, None)))
+    assert (ours - trainer.compute_loss(trainer.model, collated(TOKEN_ROWS))).abs() > 1e-3, "the documented deviation"
     assert_same_loss_and_gradients((policy, ours), (trainer.model, theirs))
 
 

@@ -107,10 +107,10 @@ def test_statistics_are_those_of_the_full_distribution(name: str) -> None:
         distribution = model(input_ids=ids[None]).logits[0, len(example.prompt) - 1 : -1].log_softmax(-1)
         entropy.append(-(distribution.exp() * distribution).sum(-1))
         correct.append(distribution.argmax(-1) == ids[len(example.prompt) :])
-        squared.append(distribution.exp().square().sum(-1))
+        squared.append(distribution.exp().square().sum(-1).log())
     assert (scores.statistics["entropy"] - torch.cat(entropy)).abs().max() < 1e-10
     assert torch.equal(scores.statistics["correct"], torch.cat(correct).double())
-    assert (scores.statistics["sum_squared_probs"] - torch.cat(squared)).abs().max() < 1e-10
+    assert (scores.statistics["log_sum_squared_probs"] - torch.cat(squared)).abs().max() < 1e-10
     assert not any(statistic.requires_grad for statistic in scores.statistics.values())
     assert PackedModel(build(name))(pack(rows)).statistics == {}
 

@@ -16,18 +16,23 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from dpo_cli.batch.layout import pack, sum_by_response
 from dpo_cli.data.example import Example
+from dpo_cli.data.tail_weights import TailWeighted
 from dpo_cli.engine.interface import OptimizerSettings
 from dpo_cli.engine.ranks import SoleRank
 from dpo_cli.engine.replicated import ReplicatedEngine
 from dpo_cli.errors import NonFiniteError
+from dpo_cli.losses.aot import aot_loss
+from dpo_cli.losses.aot_unpaired import aot_unpaired_loss
+from dpo_cli.losses.bco_pair import bco_pair_loss
 from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.losses.kto import kto_loss
+from dpo_cli.losses.mix import mix_loss
 from dpo_cli.losses.pdpo import pdpo_loss
 from dpo_cli.losses.plackett_luce import plackett_luce_loss
 from dpo_cli.losses.sft_ref import sft_ref_loss
 from dpo_cli.losses.types import LossValues, PairLogps, UnpairedLogps, declare
 from dpo_cli.policy.packed_model import PackedModel, score_examples
-from dpo_cli.reference.sums import ReferenceSums
+from dpo_cli.reference.sums import ReferenceSums, weighted_sum
 from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.micro_batch import MicroBatch, PreferenceData, Sampled
@@ -98,7 +103,23 @@ def gradient(loss: Callable[..., Any], micros: list[MicroBatch]) -> tuple[float,
 
 LOSSES = {
     "dpo": (functools.partial(dpo_loss, beta=0.3, nll_alpha=0.5), 2),
+    "dpo, weighted": (functools.partial(dpo_loss, beta=0.3, use_weighting=True), 2),
     "kto": (functools.partial(kto_loss, beta=0.3), 2),
+    "bco_pair": (functools.partial(bco_pair_loss, beta=0.3), 2),
+    "mix": (
+        functools.partial(
+            mix_loss,
+            beta=0.3,
+            losses=[
+                {"loss": "dpo", "weight": 0.8, "use_weighting": True},
+                {"loss": "bco_pair", "weight": 0.2},
+                {"loss": "sft_ref", "weight": 1.0},
+            ],
+        ),
+        2,
+    ),
+    "aot": (functools.partial(aot_loss, beta=0.3), 2),
+    "aot_unpaired": (functools.partial(aot_unpaired_loss, beta=0.3), 2),
     "plackett_luce": (functools.partial(plackett_luce_loss, beta=0.3), 3),
     "sft_ref": (sft_ref_loss, 2),
 }
@@ -139,6 +160,31 @@ def test_token_weights_weigh_both_the_loss_and_its_normaliser() -> None:
     assert loss == pytest.approx(expected, rel=1e-10)
 
 
+def test_what_tails_weigh_reaches_policy_and_reference_alike() -> None:
+    """LD-DPO through the packed row and the reference's sums, against the formula on token log-probs."""
+    examples = Listed(random_examples(8))
+    loss = functools.partial(dpo_loss, beta=0.3, ld_alpha=0.25)
+    weighted = TailWeighted(examples, Objective.of(loss).declaration.tail_weight)
+    scores, margins, sums = score_examples(packed_model(), examples), [], []
+    rng = np.random.default_rng(1)
+    for number, example in enumerate(examples):
+        shared = min(map(len, example.responses))
+        reference = [-3 * rng.random(len(ids)).astype(np.float32) for ids in example.responses]
+        ratios = [
+            ours[:shared].astype(float).sum() - theirs[:shared].sum(dtype=float)
+            + 0.25 * (ours[shared:].astype(float).sum() - theirs[shared:].sum(dtype=float))
+            for ours, theirs in zip(scores[number], reference, strict=True)
+        ]  # fmt: skip
+        margins.append(0.3 * (ratios[0] - ratios[1]))
+        weights = weighted[number].weights
+        assert weights is not None
+        sums.append(np.array([weighted_sum(r, w) for r, w in zip(reference, weights, strict=True)]))
+    rows = tuple(weighted[number] for number in range(8))
+    value, _, _ = gradient(loss, [MicroBatch(rows[:5], tuple(sums[:5])), MicroBatch(rows[5:], tuple(sums[5:]))])
+    assert value == pytest.approx(np.logaddexp(0, -np.array(margins)).mean(), rel=1e-6)
+    assert value != pytest.approx(gradient(loss, [MicroBatch(tuple(examples), tuple(sums))])[0], rel=1e-2)
+
+
 def test_a_coupled_loss_gets_the_gradient_of_the_whole_batch_at_once() -> None:
     """Against autograd through one undivided forward, for a loss in which every value touches every other."""
 
@@ -164,7 +210,7 @@ def test_a_coupled_loss_gets_the_gradient_of_the_whole_batch_at_once() -> None:
 def test_a_loss_gets_the_statistics_it_declares_summed_by_response(coupled: bool) -> None:
     seen = []
 
-    @declare(statistics=["entropy", "sum_squared_probs"], couples_batch=coupled)
+    @declare(statistics=["entropy", "log_sum_squared_probs"], couples_batch=coupled)
     def weighted(pair: PairLogps) -> LossValues:
         seen.append(pair.statistics)
         return LossValues(values=-pair.policy_chosen)
@@ -172,8 +218,8 @@ def test_a_loss_gets_the_statistics_it_declares_summed_by_response(coupled: bool
     examples = random_examples(6)
     gradient(weighted, cut(examples, [6]))
     packed = packed_model()
-    scores = packed(pack(examples), frozenset({"entropy", "sum_squared_probs"}))
-    assert seen[0].keys() == {"entropy", "sum_squared_probs"}
+    scores = packed(pack(examples), frozenset({"entropy", "log_sum_squared_probs"}))
+    assert seen[0].keys() == {"entropy", "log_sum_squared_probs"}
     for name, found in seen[0].items():
         expected = sum_by_response(pack(examples), scores.statistics[name]).view(-1, 2)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
