@@ -92,6 +92,18 @@ def test_two_ranks_train_what_one_process_trains_and_one_process_can_go_on(workp
     assert_close_runs(workplace, "one", "two")
 
 
+def test_a_mix_that_couples_the_batch_and_asks_for_statistics_trains_the_same_on_two_ranks(
+    workplace: Workplace,
+) -> None:
+    parts = "{loss: dpo, weight: 1, use_weighting: true}, {loss: aot, weight: 0.5}, {loss: bco_pair, weight: 0.2}"
+    mix = ["loss=mix", f"loss.losses=[{parts}]", "eval_every=0", "save_every=0"]
+    assert workplace.train(*mix, "run_dir=one").returncode == 0
+    code, output = finish(workplace, *workplace.defaults, *ZERO, *mix, "run_dir=two")
+    assert code == 0, output
+    assert_close_runs(workplace, "one", "two")
+    assert {"loss/dpo", "loss/aot", "loss/bco_pair"} <= workplace.metrics("two", "train")[0].keys()
+
+
 def test_two_ranks_stopped_by_a_signal_go_on_bit_for_bit(workplace: Workplace) -> None:
     long = ["max_steps=40", "save_every=0", "eval_every=0"]
     code, output = finish(workplace, *workplace.defaults, *ZERO, *long, "run_dir=straight")
