@@ -34,6 +34,7 @@ class ModelConfig(Section):
     trust_remote_code: bool
     adapter: Name | None
     reference: Name | None
+    reference_sync_steps: Count | None
     lora: Annotated[LoraConfig | None, BeforeValidator(lambda value: _off_without(value, "rank"))]
 
 

@@ -18,6 +18,7 @@ from dpo_cli.train.generator import BUFFER, Generator, GeneratorBatch
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.metrics_log import MetricsLog
 from dpo_cli.train.micro_batch import PreferenceData
+from dpo_cli.train.moving_reference import MovingReference
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.task_eval import TaskEvaluation
 from dpo_cli.train.trackers import Trackers
@@ -65,6 +66,7 @@ class Training:
     engine: Engine
     ranks: Ranks
     train: PreferenceData
+    moving: MovingReference | None
     held_out: PreferenceData | None
     generator: Generator | None
     task: TaskEvaluation | None
@@ -89,7 +91,7 @@ class Training:
                 written = self._written(progress.step)
                 if self.generator is not None:
                     clock.sampled()
-                micros = self.train.microbatches(
+                micros = self._data(progress.step).microbatches(
                     global_batch(
                         progress.step,
                         seed=settings.seed,
@@ -132,6 +134,9 @@ class Training:
                     clock = _Clock()
                 if stopping:
                     self.stop.check(f"Step {progress.step} of {settings.total_steps} is saved.")
+
+    def _data(self, step: int) -> PreferenceData:
+        return self.train if self.moving is None else self.moving.data(step)
 
     def _written(self, step: int) -> GeneratorBatch:
         """What the policy has written for this step."""

@@ -91,7 +91,11 @@ def optimizer_settings(optimizer: OptimizerConfig) -> OptimizerSettings:
 def reference_name(config: Config) -> str:
     """The reference in words, for the screen and the model card."""
     model = config.model
+    moving = (
+        f", replaced by the policy every {model.reference_sync_steps:,} steps" if model.reference_sync_steps else ""
+    )
     if model.reference in (None, "start"):
         adapted = f" with the adapter {model.adapter}" if model.adapter else ""
-        return f"{model.path}{adapted}, the policy at its start"
-    return f"{model.path}, without the adapter" if model.reference == "base" else str(model.reference)
+        return f"{model.path}{adapted}, the policy at its start{moving}"
+    named = f"{model.path}, without the adapter" if model.reference == "base" else str(model.reference)
+    return f"{named}{moving}"

@@ -41,6 +41,8 @@ from dpo_cli.train.final import FINAL, completed_run, write_final
 from dpo_cli.train.loop import LoopSettings, Progress, Training
 from dpo_cli.train.metrics_log import MetricsLog
 from dpo_cli.train.micro_batch import PreferenceData
+from dpo_cli.train.moving_reference import MovingReference, check_moving_reference
+from dpo_cli.train.moving_reference import describe as describe_moving
 from dpo_cli.train.objective import Objective
 from dpo_cli.train.on_policy import fitting_truths, make_generator, truths_shown
 from dpo_cli.train.parts import backend_of, build_loss, loop_settings, optimizer_settings, reference_name, schedule_of
@@ -106,6 +108,8 @@ class _Run:
         say(f"run: {self.run_dir}")
         say(f"device: {describe(device, self.ranks.size)}")
         objective = Objective.of(build_loss(config))
+        if config.model.reference_sync_steps is not None:
+            check_moving_reference(objective.declaration)
         data = self._prepare_data(objective)
         self._forecast(device)
         policy = load_model(
@@ -135,6 +139,7 @@ class _Run:
             engine=engine,
             ranks=self.ranks,
             train=references.train,
+            moving=self._moving(references.train, engine.model, settings, device),
             held_out=references.held_out,
             generator=None,
             task=task,
@@ -298,7 +303,7 @@ class _Run:
             ranks=self.ranks,
         )
         shown = examples_shown(
-            settings.total_steps,
+            min(settings.total_steps, self.config.model.reference_sync_steps or settings.total_steps),
             seed=settings.seed,
             examples=len(data.train),
             global_pairs=settings.global_pairs,
@@ -316,6 +321,27 @@ class _Run:
             truths=scored(
                 truths, "generator", None if truths is None else truths_shown(self.config, truths, settings.total_steps)
             ),
+        )
+
+    def _moving(
+        self, start: PreferenceData, policy: nn.Module, settings: LoopSettings, device: torch.device
+    ) -> MovingReference | None:
+        every = self.config.model.reference_sync_steps
+        if every is None:
+            return None
+        self.console.say(describe_moving(every))
+        return MovingReference(
+            every=every,
+            start=start,
+            policy=policy,
+            device=device,
+            ranks=self.ranks,
+            run_dir=self.run_dir,
+            seed=settings.seed,
+            total_steps=settings.total_steps,
+            global_pairs=settings.global_pairs,
+            tokens_per_microbatch=settings.tokens_per_microbatch,
+            say=self.console.say,
         )
 
     def _task(self, data: RunData, policy: LoadedModel) -> TaskEvaluation | None:
