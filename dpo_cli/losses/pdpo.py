@@ -37,7 +37,8 @@ def pdpo_loss(
     What they do in expectation, for samples drawn from the policy itself, where E[grad log policy(y|x)] = 0: unhinged
     moves nothing on average. hinge has the expected gradient -gamma * beta * grad P(A), A being the responses that are
     still ranked below the ground truth, held fixed: descending it RAISES their probability, a brake on DPO's pushing
-    down. policy_gradient is REINFORCE: it moves the policy to what the discriminator rewards.
+    down. policy_gradient is REINFORCE on the discriminator's reward, which is the policy's own: unclipped, it climbs
+    beta * KL(policy, reference), away from the reference in whichever direction the policy has left it already.
 
     batch: PairLogps give DPO's values (pairs,), SampleLogps the generator's (samples,), both unreduced; the loop
         divides the first by the pairs, the second by the samples that were kept, and adds them.

@@ -35,6 +35,8 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (package / "__init__.py").write_text("raise RuntimeError\nfrom .inner import hidden_loss as shown_loss\n")
     (package / "inner.py").write_text("def hidden_loss(pair, *, tau: float): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    # Another test may have imported a module of this name.
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
 
 
 def configure(*overrides: str) -> Config:
