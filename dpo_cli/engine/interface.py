@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from dpo_cli.engine.ranks import Ranks
 from dpo_cli.errors import CheckpointError
 
 WEIGHTS, OPTIMIZER = "policy", "optimizer"
@@ -38,12 +39,13 @@ class StepResult:
     """The loss of the global batch, and the norm of its gradient before clipping.
 
     Weights are moved only where both are finite. rescaled: float16 gradients overflowed and will be scaled down from
-    now on, which is no error.
+    now on, which is no error. beside: the sums over ranks of what travelled with the loss.
     """
 
     loss: float
     gradient_norm: float
     rescaled: bool = False
+    beside: tuple[float, ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -76,10 +78,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a share of the global loss, in float32."""
 
-    def step(self, learning_rate: float, loss: Tensor) -> StepResult:
+    def step(self, learning_rate: float, loss: Tensor, beside: Sequence[float] = ()) -> StepResult:
         """Clip to the configured norm, move the weights, forget the gradient.
 
         loss: this rank's share of the global loss, 0-d. Where it or the gradient is not finite, nothing moves.
+        beside: further numbers to sum over ranks, in the exchange that the loss needs anyway.
         """
 
     def is_finite(self, loss: Tensor) -> bool:
@@ -105,6 +108,12 @@ class Engine(Protocol):
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """While it is open every rank holds the whole model, to generate with."""
+
+
+def sums_over_ranks(ranks: Ranks, loss: Tensor, beside: Sequence[float]) -> Tensor:
+    """(1 + len(beside),) float64: the loss and what travels with it, summed in one exchange."""
+    mine = loss.detach().double()[None]
+    return ranks.sum(torch.cat((mine, mine.new_tensor(beside))))
 
 
 def optimizer_for(

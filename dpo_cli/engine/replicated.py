@@ -19,6 +19,7 @@ from dpo_cli.engine.interface import (
     checked_shape,
     optimizer_for,
     saved_bytes,
+    sums_over_ranks,
 )
 from dpo_cli.engine.ranks import Ranks, SoleRank
 
@@ -58,11 +59,12 @@ class ReplicatedEngine:
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 
-    def step(self, learning_rate: float, loss: Tensor) -> StepResult:
+    def step(self, learning_rate: float, loss: Tensor, beside: Sequence[float] = ()) -> StepResult:
         self._sum_gradients()
         norm = self._gradient_norm()
         # The one host-device synchronisation of a step.
-        result = StepResult(*torch.stack((self._ranks.sum(loss.detach().double()), norm.double())).tolist())
+        total, *others = torch.cat((sums_over_ranks(self._ranks, loss, beside), norm.double()[None])).tolist()
+        result = StepResult(total, others.pop(), beside=tuple(others))
         if result.sound:
             if self._settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self._masters.values(), self._settings.max_grad_norm, norm)

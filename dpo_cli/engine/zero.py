@@ -26,6 +26,7 @@ from dpo_cli.engine.interface import (
     optimizer_for,
     saved_bytes,
     state_names,
+    sums_over_ranks,
     whole_shape,
 )
 from dpo_cli.engine.ranks import Ranks
@@ -110,16 +111,17 @@ class ZeroEngine:
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss * self._ranks.size, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float, loss: Tensor) -> StepResult:
-        total = float(self._ranks.sum(loss.detach().double()))
+    def step(self, learning_rate: float, loss: Tensor, beside: Sequence[float] = ()) -> StepResult:
+        total, *others = sums_over_ranks(self._ranks, loss, beside).tolist()
         if not math.isfinite(total):
             self.forget_gradient()
-            return StepResult(total, float("nan"))
+            return StepResult(total, float("nan"), beside=tuple(others))
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
         self.model.step()
         overflowed = self._half and bool(self._zero.overflow)
-        return StepResult(total, float(self.model.get_global_grad_norm()), rescaled=overflowed)
+        norm = float(self.model.get_global_grad_norm())
+        return StepResult(total, norm, rescaled=overflowed, beside=tuple(others))
 
     def is_finite(self, loss: Tensor) -> bool:
         # One example's gradient cannot be had without the other ranks taking part in its reduction.

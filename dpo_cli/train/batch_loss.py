@@ -17,7 +17,7 @@ from dpo_cli.errors import NonFiniteError
 from dpo_cli.losses.types import Statistic
 from dpo_cli.policy.head import TokenScores
 from dpo_cli.train.metric_sums import MetricSums
-from dpo_cli.train.micro_batch import Indices, MicroBatch, PreferenceData
+from dpo_cli.train.micro_batch import Indices, MicroBatch, PreferenceData, Sampled
 from dpo_cli.train.objective import Objective, ResponseLogps, concatenated
 
 # What every training step and evaluation logs of the policy's distributions: the entropy of the responses that are
@@ -32,6 +32,18 @@ class StepOutcome:
     loss: Tensor
     metrics: MetricSums
     tokens: int
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """What all ranks have together: examples of the data, and samples of the policy."""
+
+    preferences: int
+    samples: int
+
+    @classmethod
+    def of(cls, indices: Indices, sampled: Sequence[Sampled]) -> WholeBatch:
+        return cls(len(indices), sum(len(each.example.responses) - 1 for each in sampled))
 
 
 @dataclass(frozen=True)
@@ -67,13 +79,18 @@ class BatchLoss:
     device: torch.device
     ranks: Ranks = field(default_factory=SoleRank)
 
-    def accumulate_gradient(self, micros: Sequence[MicroBatch], engine: Engine, *, step: int = 0) -> StepOutcome:
-        """Forward and backward over the global batch of a step, counted from 0; the weights have not moved yet."""
-        metrics = MetricSums()
+    def accumulate_gradient(
+        self, micros: Sequence[MicroBatch], engine: Engine, *, step: int = 0, whole: WholeBatch | None = None
+    ) -> StepOutcome:
+        """Forward and backward over the global batch of a step, counted from 0; the weights have not moved yet.
+
+        whole: what the ranks have together, where it is known; else they tell one another.
+        """
+        metrics, by = MetricSums(), self._normalisers(micros, whole)
         if self._couples:
-            loss, tokens = self._coupled(micros, engine, metrics)
+            loss, tokens = self._coupled(micros, engine, metrics, by)
         else:
-            loss, tokens = self._independent(micros, engine, metrics, step)
+            loss, tokens = self._independent(micros, engine, metrics, by, step)
         return StepOutcome(loss=loss, metrics=metrics, tokens=tokens)
 
     @torch.no_grad()
@@ -155,7 +172,9 @@ class BatchLoss:
         """Whether what `_batch` gave is to be counted here: a coupled loss's batch is whole on every rank."""
         return self.ranks.is_main or not self._couples
 
-    def _normalisers(self, micros: Sequence[MicroBatch]) -> _Normalisers:
+    def _normalisers(self, micros: Sequence[MicroBatch], whole: WholeBatch | None) -> _Normalisers:
+        if whole is not None and self.objective.declaration.normaliser == "pairs":
+            return _Normalisers(float(whole.preferences), float(whole.samples))
         mine = self.objective.normaliser(_examples(micros)), float(sum(_samples(micro) for micro in micros))
         return _Normalisers(*sum_floats(self.ranks, *mine, device=self.device))
 
@@ -177,9 +196,8 @@ class BatchLoss:
         return shares[0] if len(shares) == 1 else shares[0] + shares[1]
 
     def _independent(
-        self, micros: Sequence[MicroBatch], engine: Engine, metrics: MetricSums, step: int
+        self, micros: Sequence[MicroBatch], engine: Engine, metrics: MetricSums, by: _Normalisers, step: int
     ) -> tuple[Tensor, int]:
-        by = self._normalisers(micros)
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for micro in micros:
             row = pack(micro.examples, first_responses=self.objective.trained_responses)
@@ -194,14 +212,15 @@ class BatchLoss:
             tokens += len(row.input_ids)
         return total, tokens
 
-    def _coupled(self, micros: Sequence[MicroBatch], engine: Engine, metrics: MetricSums) -> tuple[Tensor, int]:
+    def _coupled(
+        self, micros: Sequence[MicroBatch], engine: Engine, metrics: MetricSums, by: _Normalisers
+    ) -> tuple[Tensor, int]:
         """A loss that couples the batch sees all of it at once: d loss / d log-probs there, then through each part."""
-        normaliser = self._normalisers(micros).preferences
         with torch.no_grad():
             whole, examples = self._batch(micros, metrics)
         leaf = whole.policy.detach().requires_grad_()
         values = self.objective(replace(whole, policy=leaf), examples)
-        loss = values.values.sum() / normaliser
+        loss = values.values.sum() / by.preferences
         (slopes,) = torch.autograd.grad(loss, leaf)
         if self._counts:
             self.objective.record(metrics, values, whole, examples)

@@ -11,7 +11,7 @@ import torch
 from dpo_cli.batch.order import global_batch, steps_per_epoch
 from dpo_cli.engine.interface import OPTIMIZER, WEIGHTS, Engine, SavedTensor
 from dpo_cli.engine.ranks import Ranks
-from dpo_cli.train.batch_loss import BatchLoss
+from dpo_cli.train.batch_loss import BatchLoss, WholeBatch
 from dpo_cli.train.checkpoint import Checkpoint, CheckpointStore
 from dpo_cli.train.console import RunConsole
 from dpo_cli.train.generator import BUFFER, Generator, GeneratorBatch
@@ -91,25 +91,30 @@ class Training:
                 written = self._written(progress.step)
                 if self.generator is not None:
                     clock.sampled()
+                indices = global_batch(
+                    progress.step,
+                    seed=settings.seed,
+                    examples=len(self.train.examples),
+                    global_pairs=settings.global_pairs,
+                )
                 micros = self._data(progress.step).microbatches(
-                    global_batch(
-                        progress.step,
-                        seed=settings.seed,
-                        examples=len(self.train.examples),
-                        global_pairs=settings.global_pairs,
-                    ),
+                    indices,
                     tokens_per_microbatch=settings.tokens_per_microbatch,
                     ranks=self.ranks,
                     sampled=written.sampled,
                 )
                 clock.data_ready()
-                outcome = self.loss.accumulate_gradient(micros, self.engine, step=progress.step)
+                outcome = self.loss.accumulate_gradient(
+                    micros, self.engine, step=progress.step, whole=WholeBatch.of(indices, written.sampled)
+                )
                 learning_rate = self.schedule(progress.step)
-                result = self.engine.step(learning_rate, outcome.loss)
+                # What the ranks must agree on travels with the loss.
+                agreed = (outcome.tokens, self.stop.requested is not None)
+                result = self.engine.step(learning_rate, outcome.loss, agreed)
                 if not result.sound:
                     raise self.loss.blame(micros, self.engine)
 
-                tokens = sum(self.ranks.gather(outcome.tokens))
+                tokens, stops = map(int, result.beside)
                 progress.step += 1
                 progress.tokens += tokens
                 progress.window.merge(outcome.metrics)
@@ -117,7 +122,7 @@ class Training:
                 if self.ranks.is_main:
                     progress.window.add("loss", torch.tensor(result.loss, device=self.loss.device))
                 clock.step_done(tokens)
-                stopping = self.stop.agreed(self.ranks)
+                stopping = stops > 0 and self.stop.agreed(self.ranks)
                 last = progress.step == settings.total_steps
                 if last or _due(progress.step, settings.log_every):
                     timing = clock.read()

@@ -284,8 +284,11 @@ def test_kill_minus_nine_at_any_moment_leaves_the_latest_finished_checkpoint(tmp
     folder = tmp_path / "checkpoints"
     store = CheckpointStore(folder, keep=2)
     chance = random.Random(0)
-    finished = unfinished = 0
-    for _ in range(25):
+    finished = unfinished = kills = 0
+    # So many kills as it takes: a busy machine finishes few saves before each.
+    while kills < 25 or finished <= 10 or unfinished <= 10:
+        kills += 1
+        assert kills <= 150, f"{finished} saves finished and {unfinished} did not"
         receiver, sender = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("fork").Process(
             target=_save_for_ever, args=(folder, finished + 1, sender), daemon=True
@@ -307,8 +310,6 @@ def test_kill_minus_nine_at_any_moment_leaves_the_latest_finished_checkpoint(tmp
             latest = _is_whole(store)
             assert finished <= latest <= finished + 1
             finished = latest
-    assert finished > 10
-    assert unfinished > 10, "the kills must have hit the middle of saving"
 
 
 class Killed(BaseException):
