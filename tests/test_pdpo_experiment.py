@@ -91,7 +91,7 @@ def test_the_whole_chain_runs_from_an_untrained_model_to_table_and_picture(exper
     from pdpo_runs import Workshop
 
     tiny = Sizes(
-        demonstrations=60, sft_steps=6, sft_batch=8, preference_problems=40, samples_per_problem=2,
+        demonstrations=60, sft_steps=6, sft_batch=8, lowest_accuracy=0, preference_problems=40, samples_per_problem=2,
         held_out_problems=20, validation_problems=20, test_problems=20,
     )  # fmt: skip
     workshop = Workshop(tmp_path, {"quick": tiny})

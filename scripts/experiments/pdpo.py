@@ -75,12 +75,11 @@ def final_cases(rows: Sequence[Row], seeds: Sequence[int]) -> Iterator[Case]:
     settings = [Case(0, "test", "base")]
     for beta in betas:
         settings += [Case(0, "test", "dpo", beta), Case(0, "test", "hinge", beta, best["hinge", beta])]
-        settings.append(Case(0, "test", "dpo_nll", beta))
-    settings.append(Case(0, "test", "sft", learning_rate=SFT_LEARNING_RATES[0]))
-    settings += [Case(0, "test", "dpo_all", beta) for beta in betas]
+        settings += [Case(0, "test", "dpo_nll", beta), Case(0, "test", "dpo_all", beta)]
+    settings += [Case(0, "test", "sft", learning_rate=SFT_LEARNING_RATES[0])]
     for beta in betas:
-        settings.append(Case(0, "test", "hinge", beta, 1.0))
         settings.append(Case(0, "test", "policy_gradient", beta, best["policy_gradient", beta]))
+        settings.append(Case(0, "test", "hinge", beta, 1.0))
     for beta in betas:
         settings += [Case(0, "test", "unhinged", beta, 0.3), Case(0, "test", "hinge", beta, 0.3)]
     settings.append(Case(0, "test", "sft", learning_rate=SFT_LEARNING_RATES[1]))

@@ -33,12 +33,16 @@ Pairs = list[dict[str, str]]
 class Sizes:
     """How much a seed's base policy sees, and how many problems its answers make pairs of.
 
+    lowest_accuracy: on validation problems. When a model discovers how to calculate is a matter of luck: one that has
+        not within sft_steps gets more_steps, again and again, before anything is compared.
     held_out_problems follow the first `validation_problems` of their split, so no problem is in both.
     """
 
     demonstrations: int = 8000
     sft_steps: int = 1200
     sft_batch: int = 32
+    lowest_accuracy: float = 0.4
+    more_steps: int = 600
     preference_problems: int = 2000
     samples_per_problem: int = 4
     held_out_problems: int = 300
@@ -71,8 +75,14 @@ def make_base(folder: Path, sizes: Sizes, *, seed: int) -> None:
     base = folder / "base" / "final"
     if not base.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        train_base(folder, sizes, seed=seed)
-    told: dict[str, object] = {}
+        begin_base(folder, sizes, seed=seed)
+        imitate(folder, "untrained", sizes.sft_steps, sizes, seed=seed)
+    steps = sizes.sft_steps
+    while examine(base, posed_problems("validation", sizes, seed=seed)).exact_match < sizes.lowest_accuracy:
+        (folder / "base").rename(folder / f"base-{steps}")
+        imitate(folder, f"base-{steps}/final", sizes.more_steps, sizes, seed=seed + 1000)
+        steps += sizes.more_steps
+    told: dict[str, object] = {"sft_steps": steps}
     posed = problems("preferences", seed=seed, count=sizes.preference_problems)
     for name, asked in (("", posed), ("-heldout", held_out(sizes, seed=seed))):
         answers = answer(base, asked, samples=sizes.samples_per_problem, seed=seed)
@@ -84,15 +94,18 @@ def make_base(folder: Path, sizes: Sizes, *, seed: int) -> None:
     (folder / "base.json").write_text(json.dumps(told))
 
 
-def train_base(folder: Path, sizes: Sizes, *, seed: int) -> None:
-    """Imitate worked solutions by the tool itself, from random weights."""
+def begin_base(folder: Path, sizes: Sizes, *, seed: int) -> None:
     folder.mkdir(parents=True)
     demonstrations = problems("demonstrations", seed=seed, count=sizes.demonstrations)
     write_demonstrations(folder / "demonstrations.jsonl", demonstrations)
     make_untrained_model(folder / "untrained", demonstrations, seed=seed)
+
+
+def imitate(folder: Path, model: str, steps: int, sizes: Sizes, *, seed: int) -> None:
+    """Imitate the worked solutions by the tool itself, from a model in `folder` to base/final there."""
     settings = {
         "model": "local",
-        "model.path": "untrained",
+        "model.path": model,
         "data": "local",
         "data.train": "demonstrations.jsonl",
         "data.eval_fraction": 0,
@@ -109,9 +122,9 @@ def train_base(folder: Path, sizes: Sizes, *, seed: int) -> None:
         "run_dir": "base",
         "store_dir": "store",
         **TRAINING,
-        "max_steps": sizes.sft_steps,
+        "max_steps": steps,
         "global_pairs": sizes.sft_batch,
-        "optimizer.warmup_steps": min(50, sizes.sft_steps // 2),
+        "optimizer.warmup_steps": min(50, steps // 2),
     }
     train([f"{key}={value}" for key, value in settings.items()], folder)
 
