@@ -18,15 +18,17 @@ POINTS = {"hinge": ("#D55E00", "o"), "unhinged": ("#CC79A7", "s"), "policy_gradi
 
 
 def draw(rows: Sequence[Row], docs: Path) -> None:
-    """Of the test seeds, or of the grid while there are none. A column a beta; above the gain, below what it did to
-    the chosen responses."""
+    """Of the test seeds, or of the grid while there are none.
+
+    A column a beta, each on scales of its own; above the gain, below what became of the chosen responses.
+    """
     split = "test" if any(row["split"] == "test" for row in rows) else "validation"
     settings = [setting for setting in settings_of(rows, split=split) if not setting.options]
     betas = sorted({setting.beta for setting in settings if setting.beta is not None})
     gammas = sorted({setting.gamma for setting in settings if setting.gamma is not None})
     mpl.rcParams.update({"font.size": 10, "svg.hashsalt": "pdpo", "axes.spines.top": False, "axes.spines.right": False})
     figure = Figure(figsize=(3.2 * len(betas) + 1.2, 6.6), layout="constrained")
-    grid = figure.subplots(2, len(betas), sharex=True, sharey="row", squeeze=False)
+    grid = figure.subplots(2, len(betas), sharex=True, squeeze=False)
     for column, beta in enumerate(betas):
         upper, lower = grid[:, column]
         upper.set_title(f"beta = {beta:g}")

@@ -142,6 +142,7 @@ def tables(rows: Sequence[Row]) -> str:
 def test_table(settings: Sequence[Setting]) -> str:
     head = ["beta", "method", "exact match", "against base", "against DPO, same pairs", *(each for each, _ in DETAILS)]
     body = []
+    seeds = max((len(setting.rows) for setting in settings), default=0)
     for beta in (None, *sorted({setting.beta for setting in settings if setting.beta is not None}, reverse=True)):
         for setting in (setting for setting in settings if setting.beta == beta):
             base = None if setting.method == "base" else find(settings, "base", None)
@@ -149,7 +150,8 @@ def test_table(settings: Sequence[Setting]) -> str:
             match = Estimate.of(setting.values("exact_match"))
             gains = [signed(paired(setting, other)) for other in (base, dpo)]
             plain = f"{100 * match.mean:.1f}{plus_minus(match)}"
-            body.append([number(beta), setting.label, plain, *gains, *(tell(setting) for _, tell in DETAILS)])
+            missing = "" if len(setting.rows) == seeds else f" ({len(setting.rows)} of {seeds} seeds)"
+            body.append([number(beta), setting.label + missing, plain, *gains, *(tell(setting) for _, tell in DETAILS)])
     return markdown(head, body)
 
 
