@@ -156,7 +156,7 @@ def test_table(settings: Sequence[Setting]) -> str:
 
 
 def grid_table(settings: Sequence[Setting]) -> str:
-    """Points over the base of the same seed: the mean, and in brackets each seed's."""
+    """Points over the base of the same seed: the mean, and in brackets each seed's where there are several."""
     betas = sorted({setting.beta for setting in settings if setting.beta is not None})
     base = find(settings, "base", None)
     by_label: dict[str, dict[float | None, str]] = {}
@@ -164,7 +164,8 @@ def grid_table(settings: Sequence[Setting]) -> str:
         if setting.method != "base" and base is not None:
             gains = [row["exact_match"] - base.rows[seed]["exact_match"] for seed, row in sorted(setting.rows.items())]
             each = ", ".join(f"{100 * gain:+.1f}" for gain in gains)
-            by_label.setdefault(setting.label, {})[setting.beta] = f"{100 * np.mean(gains):+.1f} ({each})"
+            mean = f"{100 * np.mean(gains):+.1f} ({each})" if len(gains) > 1 else each
+            by_label.setdefault(setting.label, {})[setting.beta] = mean
     body = [
         # Imitation knows no beta.
         [label, *(cells.get(beta, cells.get(None, "not run")) for beta in betas)]
