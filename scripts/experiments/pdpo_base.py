@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.cli.train import main as dpo_train
 from dpo_cli.data.arithmetic import Problem, Split, problems
-from dpo_cli.rollout.exact_match import extract_answer
 from dpo_cli.rollout.generate import Sampling, generate
 from dpo_cli.rollout.noise import stream
+from dpo_cli.rollout.verify import extract_answer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from make_example import MAX_NEW_TOKENS, TRAINING, make_untrained_model, write_demonstrations, write_rows
