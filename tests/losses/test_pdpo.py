@@ -217,6 +217,20 @@ def test_policy_gradient_climbs_the_expected_clipped_advantage(table: tuple[Tens
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
 
 
+def test_unclipped_policy_gradient_climbs_the_divergence_from_the_reference_whatever_the_discriminator_says(
+    table: tuple[Tensor, Tensor, int],
+) -> None:
+    """The truth's reward is the same for all, which changes nothing; beta * KL(policy, reference) is left."""
+    logits, reference, truth = table
+    policy = logits.log_softmax(0)
+    divergence = (policy.exp() * (policy - reference)).sum()
+    expected = -GAMMA * BETA * gradient_of(divergence, logits)
+    found = expected_gradient(logits, reference, truth, generator="policy_gradient", advantage_clip=1e9)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+    further = (logits - 0.01 * found).log_softmax(0)
+    assert (further.exp() * (further - reference)).sum() > divergence
+
+
 def test_a_leave_one_out_baseline_changes_no_expectation(table: tuple[Tensor, Tensor, int]) -> None:
     """Two samples of one prompt, all pairs of them: the same expected gradient as without any baseline."""
     logits, reference, truth = table
