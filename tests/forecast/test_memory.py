@@ -18,6 +18,7 @@ from dpo_cli.forecast.memory import (
     BUCKETS,
     CACHE,
     CHUNK_BYTES,
+    CHUNK_TOKENS,
     GRADIENTS,
     HEAD,
     MASTERS,
@@ -252,7 +253,7 @@ def test_a_step_is_six_operations_a_parameter_and_token_and_attention() -> None:
 def test_the_forecast_knows_the_bound_of_the_head() -> None:
     from dpo_cli.policy import head
 
-    assert CHUNK_BYTES == head.CHUNK_BYTES
+    assert (CHUNK_BYTES, CHUNK_TOKENS) == (head.CHUNK_BYTES, head.CHUNK_TOKENS)
 
 
 def test_the_forecast_knows_the_engine_s_bucket() -> None:
