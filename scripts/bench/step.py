@@ -5,7 +5,7 @@
     python scripts/bench/step.py --quick                       that it runs, in a minute; its figures mean nothing
 
 Every side of every case and repeat is a fresh process; sides alternate. The losses of the first steps must agree.
---json keeps all figures; a later run with the same file adds its cases, and measures none of them twice.
+--json keeps all figures; a later run with the same file goes on from there.
 """
 
 from __future__ import annotations
@@ -45,20 +45,18 @@ def measure(side: str, file: Path, threads: int) -> Run:
     return found
 
 
-def measure_case(case: StepCase, pairs: list[Pair], *, sides: tuple[str, ...], repeats: int, threads: int) -> Runs:
-    """All sides by turns, and proof that they did the same work."""
-    runs: Runs = {side: [] for side in sides}
+def measure_once(case: StepCase, pairs: list[Pair], runs: Runs, *, sides: list[str], threads: int) -> None:
+    """One more run of every side, and proof that they did the same work."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "case.json"
         save(case, pairs, file)
-        for repeat in range(repeats):
-            # Whatever a machine does at times falls on other sides in other turns.
-            for side in sides if repeat % 2 == 0 else sides[::-1]:
-                began = time.perf_counter()
-                runs[side].append(measure(side, file, threads))
-                print(f"  {side}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-            check_losses(case, {side: found[-1]["losses"] for side, found in runs.items() if found})
-    return runs
+        # Whatever a machine does at times falls on other sides in other turns.
+        odd = len(runs.get("ours", [])) % 2
+        for side in reversed(sides) if odd else sides:
+            began = time.perf_counter()
+            runs.setdefault(side, []).append(measure(side, file, threads))
+            print(f"  {side}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    check_losses(case, {side: found[-1]["losses"] for side, found in runs.items()})
 
 
 def check_losses(case: StepCase, losses: dict[str, list[float]]) -> None:
@@ -149,16 +147,17 @@ def main() -> None:
     if options.json is not None and options.json.exists():
         kept = json.loads(options.json.read_text(encoding="utf-8"))
     kept["machine"] = machine_line(options.threads, "torch", "transformers", "trl")
-    for name, case in cases.items():
-        if name in kept["cases"]:
-            continue
-        print(f"{name}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
-        pairs = pairs_of(case, options.real_data)
-        repeats = 1 if options.quick else options.repeats
-        runs = measure_case(case, pairs, sides=tuple(options.side), repeats=repeats, threads=options.threads)
-        kept["cases"][name] = {"runs": runs, "figures": figures(case, pairs, runs), "repeats": repeats}
-        if options.json is not None:
-            options.json.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    for repeat in range(1 if options.quick else options.repeats):
+        for name, case in cases.items():
+            result = kept["cases"].setdefault(name, {"runs": {}})
+            if len(result["runs"].get("ours", [])) > repeat:
+                continue
+            print(f"{name}, repeat {repeat + 1}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+            pairs = pairs_of(case, options.real_data)
+            measure_once(case, pairs, result["runs"], sides=options.side, threads=options.threads)
+            result["figures"] = figures(case, pairs, result["runs"])
+            if options.json is not None:
+                options.json.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     ordered = {name: kept["cases"][name] for name in ({**CASES, "quick": QUICK}) if name in kept["cases"]}
     text = f"{kept['machine']}.\n\n{table(ordered)}\nLosses of the first steps:\n\n{losses_table(ordered)}"
     print(text)

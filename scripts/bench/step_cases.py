@@ -36,8 +36,8 @@ class StepCase:
     kv_heads: int = 2
     global_pairs: int = 8
     micro_pairs: int = 4
-    warmup_steps: int = 2
-    timed_steps: int = 4
+    warmup_steps: int = 1
+    timed_steps: int = 3
     learning_rate: float = 1e-4
     beta: float = 0.1
 
@@ -67,10 +67,10 @@ CASES = {
     "response-heavy, checkpointed": replace(_RESPONSES, gradient_checkpointing=True),
     "prompt-heavy, bfloat16": replace(_PROMPTS, dtype="bfloat16"),
     "response-heavy, bfloat16": replace(_RESPONSES, dtype="bfloat16"),
-    "prompt-heavy, wide vocabulary": replace(_PROMPTS, vocabulary=WIDE, warmup_steps=1, timed_steps=2),
-    "response-heavy, wide vocabulary": replace(_RESPONSES, vocabulary=WIDE, warmup_steps=1, timed_steps=2),
-    "GSM8K": StepCase("gsm8k", vocabulary=WIDE, warmup_steps=1),
-    "conversations": StepCase("conversations", vocabulary=WIDE, warmup_steps=1, timed_steps=2),
+    "prompt-heavy, wide vocabulary": replace(_PROMPTS, vocabulary=WIDE, timed_steps=1),
+    "response-heavy, wide vocabulary": replace(_RESPONSES, vocabulary=WIDE, timed_steps=1),
+    "GSM8K": StepCase("gsm8k", vocabulary=WIDE, timed_steps=2),
+    "conversations": StepCase("conversations", vocabulary=WIDE, timed_steps=1),
 }
 QUICK = StepCase(
     "tiny", vocabulary=500, hidden=32, intermediate=64, layers=2, heads=4, global_pairs=4, micro_pairs=2,
