@@ -236,7 +236,7 @@ def _layer_activations(shape: ModelShape, layout: Layout, row: Row) -> tuple[int
     gathered = row.tokens * (2 * width * shape.query_width + 4 * shape.heads)
     masked_width = shape.query_width if layout.on_gpu else shape.key_width
     keys = 2 * width * (row.causal_keys * shape.key_width + row.masked_keys * masked_width)
-    return tokens, gathered + keys + width * row.masked_scores
+    return tokens, gathered + keys
 
 
 def _outer_activations(shape: ModelShape, layout: Layout, row: Row) -> int:
@@ -244,7 +244,7 @@ def _outer_activations(shape: ModelShape, layout: Layout, row: Row) -> int:
     width = layout.bytes_per_weight
     head_dim = shape.query_width // shape.heads
     tokens = row.tokens * ((4 + width) * shape.hidden + 2 * width * head_dim + 40)
-    return tokens + row.scored * (width * shape.hidden + 64) + row.masked_scores
+    return tokens + row.scored * (width * shape.hidden + 64) + width * row.masked_scores
 
 
 def _head(shape: ModelShape, layout: Layout, row: Row) -> tuple[int, int]:

@@ -48,19 +48,23 @@ class Bucket:
     query_positions: Tensor
     key_positions: Tensor
     causal: bool
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor:
-        """(n, 1, Q, L) bool, True where a query sees a key. window: keys further back than that are unseen."""
-        if window not in self._masks:
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(n, 1, Q, L), added to scores: 0 where a query sees a key, else -inf. All layers share it.
+
+        window: keys further back than that are unseen. A mask of bools would become one of these in every layer.
+        """
+        if (window, dtype) not in self._masks:
             distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
             seen = (distance >= 0) & (self.key_positions[:, None, :] >= 0)
             if window is not None:
                 seen &= distance < window
             # Padding queries see nothing, which would make their softmax NaN: let them see the first key.
             seen[..., 0] |= ~seen.any(-1)
-            self._masks[window] = seen[:, None]
-        return self._masks[window]
+            unseen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+            self._masks[window, dtype] = unseen[:, None]
+        return self._masks[window, dtype]
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ def _attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float | No
         queries,
         keys,
         values,
-        attn_mask=None if causal else bucket.mask(window),
+        attn_mask=None if causal else bucket.mask(window, queries.dtype),
         is_causal=causal,
         scale=scaling,
         enable_gqa=groups > 1,
