@@ -94,8 +94,8 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def ratio(values: dict[str, list[float]], measure: str, other: dict[str, list[float]]) -> float:
-    """Of medians."""
-    return statistics.median(values[measure]) / statistics.median(other[measure])
+    """The median over repeats: two sides of one repeat were measured one soon after the other."""
+    return statistics.median(a / b for a, b in zip(values[measure], other[measure], strict=False))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
