@@ -39,7 +39,8 @@ def machine_line(threads: int, *packages: str) -> str:
     model = re.search(r"^model name\s*:\s*(.+)$", cpu, re.MULTILINE)
     named = (model[1].strip() if model else platform.processor() or platform.machine(), f"{os.cpu_count()} cores")
     versions = (f"{package} {version(package)}" for package in packages)
-    return ", ".join((*named, f"{threads} thread{'s' * (threads > 1)}", f"Python {platform.python_version()}", *versions))
+    parts = (*named, f"{threads} thread{'s' * (threads > 1)}", f"Python {platform.python_version()}", *versions)
+    return ", ".join(parts)
 
 
 def replace_between(document: Path, begin: str, end: str, text: str) -> None:
