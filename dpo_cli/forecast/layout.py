@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Place = Literal["none", "cpu", "nvme"]
-# Of the packed attention: segments are attended to together up to this many scores a head.
-MAX_SCORES_PER_CALL = 2**22
 # Gradients that the engine exchanges at once under ZeRO, in elements.
 REDUCE_BUCKET = 100_000_000
 
@@ -97,10 +95,9 @@ class Row:
         """
         tokens = max(tokens, longest_pair(longest))
         pairs = tokens / longest_pair(longest)
+        # The chosen response continues its prompt causally, the rejected one looks back at it under a mask.
         keys, scores = pairs * longest, pairs * longest * longest / 2
-        if pairs < 2 or 2 * longest**2 > MAX_SCORES_PER_CALL:
-            return cls(tokens, tokens, round(keys), round(keys), round(scores))
-        return cls(tokens, tokens, 0, round(2 * keys), round(3 * scores))
+        return cls(tokens, tokens, round(keys), round(keys), round(scores))
 
 
 def longest_pair(longest: int) -> int:

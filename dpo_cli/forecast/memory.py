@@ -15,6 +15,7 @@ from dpo_cli.forecast.shape import ModelShape
 GIB = 2**30
 # Of float32 logits in one chunk of the output head.
 CHUNK_BYTES = 64 * 2**20
+CHUNK_TOKENS = 512
 _CHUNK_ROWS_AT_LEAST = 16
 # Kernels, cuBLAS workspace and the driver's own share of a GPU; NCCL's channels where there are several workers.
 _CUDA_CONTEXT = round(0.6 * GIB)
@@ -235,7 +236,7 @@ def _layer_activations(shape: ModelShape, layout: Layout, row: Row) -> tuple[int
     gathered = row.tokens * (2 * width * shape.query_width + 4 * shape.heads)
     masked_width = shape.query_width if layout.on_gpu else shape.key_width
     keys = 2 * width * (row.causal_keys * shape.key_width + row.masked_keys * masked_width)
-    return tokens, gathered + keys + width * row.masked_scores
+    return tokens, gathered + keys
 
 
 def _outer_activations(shape: ModelShape, layout: Layout, row: Row) -> int:
@@ -243,13 +244,14 @@ def _outer_activations(shape: ModelShape, layout: Layout, row: Row) -> int:
     width = layout.bytes_per_weight
     head_dim = shape.query_width // shape.heads
     tokens = row.tokens * ((4 + width) * shape.hidden + 2 * width * head_dim + 40)
-    return tokens + row.scored * (width * shape.hidden + 64) + row.masked_scores
+    return tokens + row.scored * (width * shape.hidden + 64) + width * row.masked_scores
 
 
 def _head(shape: ModelShape, layout: Layout, row: Row) -> tuple[int, int]:
-    """Chunk-sized buffers of the head, forward and backward."""
-    rows = min(row.scored, max(_CHUNK_ROWS_AT_LEAST, CHUNK_BYTES // (4 * shape.vocabulary)))
-    logits = 4 * rows * shape.vocabulary
+    """Chunk-sized buffers of the head, forward and backward: logits, and the softmaxes that are kept in between."""
+    chunk = min(CHUNK_TOKENS, max(_CHUNK_ROWS_AT_LEAST, CHUNK_BYTES // (4 * shape.vocabulary)))
+    logits = 4 * min(row.scored, chunk) * shape.vocabulary
+    softmaxes = logits * min(-(-row.scored // chunk), max(1, CHUNK_BYTES // (4 * chunk * shape.vocabulary)))
     # In half precision the product comes rounded before it is widened, and goes back rounded.
     rounded = logits // 2 if layout.half else 0
-    return 2 * logits + rounded, logits + rounded
+    return logits + softmaxes + rounded, softmaxes + rounded

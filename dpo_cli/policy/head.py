@@ -18,8 +18,11 @@ from torch.autograd.function import once_differentiable
 from dpo_cli.errors import ModelError
 from dpo_cli.losses.types import Statistic, Statistics
 
-# Large enough for the matrix product to run at full speed, small enough to be forgotten next to the activations.
+# Large enough for the matrix product to run at full speed, small enough to be forgotten next to the activations. So
+# much of a softmax is also kept for the backward pass instead of being computed again.
 CHUNK_BYTES = 64 * 2**20
+# A larger chunk of a small vocabulary gains nothing more, and on a CPU falls out of the cache between its passes.
+CHUNK_TOKENS = 512
 
 
 class TokenScores(NamedTuple):
@@ -68,7 +71,8 @@ class LogitTransform:
 def install_scoring_head(head: nn.Module, transform: LogitTransform, *, chunk_tokens: int | None = None) -> None:
     """Teach an output head `head(hidden, targets=ids, statistics=...) -> TokenScores`; `head(hidden)` stays as it was.
 
-    chunk_tokens: response tokens per chunk; by default as many as make CHUNK_BYTES of float32 logits.
+    chunk_tokens: response tokens per chunk; by default as many as make CHUNK_BYTES of float32 logits, at most
+        CHUNK_TOKENS.
     """
     if type(head) is not nn.Linear:
         raise ModelError(
@@ -76,7 +80,7 @@ def install_scoring_head(head: nn.Module, transform: LogitTransform, *, chunk_to
             hint="leave the output head out of model.lora.target_modules",
         )
     plain_forward = head.forward
-    chunk = chunk_tokens or max(16, CHUNK_BYTES // (4 * head.out_features))
+    chunk = chunk_tokens or min(CHUNK_TOKENS, max(16, CHUNK_BYTES // (4 * head.out_features)))
 
     def forward(
         hidden: Tensor, targets: Tensor | None = None, statistics: frozenset[Statistic] = frozenset()
@@ -84,7 +88,10 @@ def install_scoring_head(head: nn.Module, transform: LogitTransform, *, chunk_to
         if targets is None:
             return plain_forward(hidden)
         names = sorted(statistics)
-        logps, *found = _ChunkedLogps.apply(hidden, head.weight, head.bias, targets, transform, chunk, names)
+        # The soft cap's slope needs logits, of which nothing is left; without a backward pass nothing is needed.
+        keeps = torch.is_grad_enabled() and transform.softcap is None
+        kept = max(1, CHUNK_BYTES // (4 * head.out_features * chunk)) if keeps else 0
+        logps, *found = _ChunkedLogps.apply(hidden, head.weight, head.bias, targets, transform, chunk, kept, names)
         return TokenScores(logps, dict(zip(names, found, strict=True)))
 
     head.forward = forward  # type: ignore[method-assign, assignment]
@@ -127,16 +134,21 @@ class _Buffers:
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
         self._shape, self._dtype, self._device = (rows, columns), dtype, device
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[str | int, Tensor] = {}
 
-    def take(self, name: str, rows: int) -> Tensor:
+    def take(self, name: str | int, rows: int) -> Tensor:
         if name not in self._held:
             self._held[name] = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         return self._held[name][:rows]
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    def drop(self, name: str) -> None:
+        self._held.pop(name, None)
+
+    def logits(
+        self, name: str | int, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform
+    ) -> Tensor:
         """Transformed logits of a chunk's hidden states (tokens, hidden), ours to change in place."""
-        logits = self.take("logits", len(hidden))
+        logits = self.take(name, len(hidden))
         if hidden.dtype == logits.dtype and weight.dtype == logits.dtype:
             torch.mm(hidden, weight.T, out=logits)
             if bias is not None:
@@ -146,8 +158,16 @@ class _Buffers:
         return transform(logits)
 
 
+def _chunks(tokens: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
 class _ChunkedLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight^T + bias)[target], with the logits recomputed in the backward pass."""
+    """log softmax(hidden @ weight^T + bias)[target].
+
+    The backward pass needs every chunk's softmax again. Those of the last `kept` chunks are still where the forward
+    pass left them; the others are computed once more, in the place of one that is done with.
+    """
 
     @staticmethod
     def forward(
@@ -158,6 +178,7 @@ class _ChunkedLogps(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
         chunk: int,
+        kept: int,
         names: Sequence[Statistic],
     ) -> tuple[Tensor, ...]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -165,45 +186,50 @@ class _ChunkedLogps(torch.autograd.Function):
         logps, log_norms, *found = (
             torch.empty(tokens, dtype=dtype, device=hidden.device) for _ in range(2 + len(names))
         )
-        buffers = _Buffers(min(chunk, tokens), len(weight), dtype, hidden.device)
-        for start in range(0, tokens, chunk):
-            part = slice(start, start + chunk)
-            logits = buffers.logits(hidden[part], weight, bias, transform)
+        norms = torch.empty_like(logps)
+        buffers, places = _Buffers(min(chunk, tokens), len(weight), dtype, hidden.device), max(1, kept)
+        for number, part in enumerate(_chunks(tokens, chunk)):
+            logits = buffers.logits("logits", hidden[part], weight, bias, transform)
             largest, best = logits.max(-1)
             shifted = logits.sub_(largest[:, None])
-            exps = torch.exp(shifted, out=buffers.take("exps", len(shifted)))
+            exps = torch.exp(shifted, out=buffers.take(number % places, len(shifted)))
             norm = exps.sum(-1)
             log_norm = norm.log()
-            log_norms[part] = largest + log_norm
+            norms[part], log_norms[part] = norm, largest + log_norm
             logps[part] = shifted.gather(-1, targets[part, None])[:, 0] - log_norm
             for name, statistic in zip(names, found, strict=True):
                 statistic[part] = _STATISTICS[name](_Chunk(shifted, exps, norm, best, targets[part]))
-        ctx.save_for_backward(hidden, weight, bias, targets, log_norms)
-        ctx.transform, ctx.chunk = transform, chunk
+        ctx.save_for_backward(hidden, weight, bias, targets, log_norms, norms)
+        buffers.drop("logits")
+        ctx.transform, ctx.chunk, ctx.places, ctx.kept = transform, chunk, places, buffers if kept else None
         ctx.mark_non_differentiable(*found)
         return (logps, *found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, log_norms = ctx.saved_tensors
+        hidden, weight, bias, targets, log_norms, norms = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Summed over chunks in float32: a bf16 running sum would lose what each chunk adds.
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=grad.dtype) if wants_bias and bias is not None else None
-        buffers = _Buffers(min(ctx.chunk, len(targets)), len(weight), grad.dtype, hidden.device)
-        for start in range(0, len(targets), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logits = buffers.logits(hidden[part], weight, bias, ctx.transform)
-            # The soft cap's slope needs the logits once more; without it their memory becomes the slope's.
-            slope = torch.sub(
-                logits,
-                log_norms[part, None],
-                out=logits if ctx.transform.softcap is None else buffers.take("slope", len(logits)),
-            )
+        chunks = _chunks(len(targets), ctx.chunk)
+        # What is kept serves one backward pass, which overwrites it; another one finds nothing and computes all.
+        kept, ctx.kept = ctx.kept, None
+        first_kept = len(chunks) if kept is None else len(chunks) - ctx.places
+        buffers = kept or _Buffers(min(ctx.chunk, len(targets)), len(weight), grad.dtype, hidden.device)
+        for number, part in reversed(list(enumerate(chunks))):
+            if number >= first_kept:
+                logits = slope = buffers.take(number % ctx.places, part.stop - part.start)
+                slope.mul_((-grad[part] / norms[part])[:, None])
+            else:
+                logits = buffers.logits(0, hidden[part], weight, bias, ctx.transform)
+                # The soft cap's slope needs the logits once more; without it their memory becomes the slope's.
+                out = logits if ctx.transform.softcap is None else buffers.take("slope", len(logits))
+                slope = torch.sub(logits, log_norms[part, None], out=out).exp_().mul_(-grad[part, None])
             # d logp_target / d logits = onehot(target) - softmax
-            slope.exp_().mul_(-grad[part, None]).scatter_add_(-1, targets[part, None], grad[part, None])
+            slope.scatter_add_(-1, targets[part, None], grad[part, None])
             slope = ctx.transform.backward(slope, logits)
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
@@ -219,8 +245,5 @@ class _ChunkedLogps(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )

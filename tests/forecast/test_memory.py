@@ -11,13 +11,14 @@ import pytest
 from forecast_shapes import QWEN2_HALF_BILLION, QWEN2_SEVEN_BILLION
 
 from dpo_cli.forecast.cost import forecast_disk, forecast_step
-from dpo_cli.forecast.layout import MAX_SCORES_PER_CALL, REDUCE_BUCKET, Layout, LoraLayout, Row, SamplingLayout
+from dpo_cli.forecast.layout import REDUCE_BUCKET, Layout, LoraLayout, Row, SamplingLayout
 from dpo_cli.forecast.memory import (
     ACTIVATIONS,
     ATTENTION,
     BUCKETS,
     CACHE,
     CHUNK_BYTES,
+    CHUNK_TOKENS,
     GRADIENTS,
     HEAD,
     MASTERS,
@@ -249,11 +250,10 @@ def test_a_step_is_six_operations_a_parameter_and_token_and_attention() -> None:
     assert work.seconds(device_tflops=100, workers=2) == pytest.approx(3 * forward / (2 * 0.4 * 100e12))
 
 
-def test_the_forecast_knows_the_bounds_of_head_and_attention() -> None:
-    from dpo_cli.policy import attention, head
+def test_the_forecast_knows_the_bound_of_the_head() -> None:
+    from dpo_cli.policy import head
 
-    assert CHUNK_BYTES == head.CHUNK_BYTES
-    assert MAX_SCORES_PER_CALL == attention.MAX_SCORES_PER_CALL
+    assert (CHUNK_BYTES, CHUNK_TOKENS) == (head.CHUNK_BYTES, head.CHUNK_TOKENS)
 
 
 def test_the_forecast_knows_the_engine_s_bucket() -> None:
@@ -305,6 +305,5 @@ def test_activations_are_what_autograd_keeps(dtype: str, layers: int, longest: i
     layout = Layout(planned.tokens, longest, bytes_per_weight=4 if dtype == "float32" else 2, on_gpu=False)
     memory = forecast_memory(ModelShape.of(sizes), layout, replace(planned, scored=len(row.targets)))
     forward = memory.moments[0]
-    # The row's own masks, a byte a score, are held beside what autograd keeps.
-    forecast = forward.lines[ACTIVATIONS] + forward.lines[ATTENTION] - planned.masked_scores
+    forecast = forward.lines[ACTIVATIONS] + forward.lines[ATTENTION]
     assert forecast == pytest.approx(autograd, rel=0.03)

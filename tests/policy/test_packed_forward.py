@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpo_cli.batch.layout import pack, sum_by_response
 from dpo_cli.errors import ModelError
 from dpo_cli.losses.types import Statistic
+from dpo_cli.policy import head
 from dpo_cli.policy.packed_model import PackedModel
 
 
@@ -95,6 +96,33 @@ def test_the_head_s_chunk_size_changes_nothing(name: str, chunk_tokens: int) -> 
     for name, statistic in whole.statistics.items():
         assert (statistic - chunked.statistics[name]).abs().max() < 1e-12
     assert largest_relative_difference(wanted, gradients(model, chunked.logps)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi", "gemma3-softcap", "granite"])
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_gradients_do_not_depend_on_how_many_softmaxes_are_kept(
+    name: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, model = pack(examples(responses=2)), build(name)
+    scored = PackedModel(model, chunk_tokens=5)(row).logps
+    wanted = gradients(model, scored)
+    model = build(name)
+    monkeypatch.setattr(head, "CHUNK_BYTES", kept * 4 * 5 * model.config.vocab_size)
+    logps = PackedModel(model, chunk_tokens=5)(row).logps
+    assert torch.equal(logps, scored)
+    assert len(row.targets) > 5 * kept, "nothing would be computed again"
+    assert largest_relative_difference(wanted, gradients(model, logps)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi"])
+def test_a_second_backward_pass_finds_the_same_gradient(name: str) -> None:
+    model = build(name)
+    value = PackedModel(model, chunk_tokens=5)(pack(examples(responses=2))).logps.square().sum()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    first = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(value, parameters, allow_unused=True)
+    for a, b in zip(first, second, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3-softcap", "granite", "phi"])
