@@ -43,4 +43,4 @@ def test_a_failure_of_rank_0_ends_the_others_with_its_exit_code(launched: Launch
     start(launched, launcher, "fails")
     assert launched.ended().returncode != 0
     assert (launched.run_dir / "0").read_text() == "There are no pairs. 2"
-    assert (launched.run_dir / "1").read_text() == "Rank 0 failed. 2"
+    assert (launched.run_dir / "1").read_text() == "Rank 0 has ended. 2"
