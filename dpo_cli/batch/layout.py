@@ -47,6 +47,7 @@ class PackedRow:
     input_ids, position_ids: (T,) int64.
     segments: who attends to whom; their queries cover the row exactly once, in order.
     predictors: (R,) index into the row of the position that predicts each response token.
+    scored: (S,) ascending, the distinct ones of `predictors`.
     targets: (R,) ids of the response tokens, response after response.
     response_of_token: (R,) which of the N responses a token belongs to.
     token_weights: (R,) float32, or None for all ones.
@@ -57,6 +58,7 @@ class PackedRow:
     position_ids: Tensor
     segments: tuple[Segment, ...]
     predictors: Tensor
+    scored: Tensor
     targets: Tensor
     response_of_token: Tensor
     token_weights: Tensor | None
@@ -75,6 +77,7 @@ class PackedRow:
             position_ids=move(self.position_ids),
             segments=self.segments,
             predictors=move(self.predictors),
+            scored=move(self.scored),
             targets=move(self.targets),
             response_of_token=move(self.response_of_token),
             token_weights=None if self.token_weights is None else move(self.token_weights),
@@ -91,6 +94,7 @@ def pack(examples: Sequence[PromptWithResponses], *, first_responses: int | None
     positions: list[NDArray[np.int64]] = []
     segments: list[Segment] = []
     predictors: list[NDArray[np.int64]] = []
+    scored: list[NDArray[np.int64]] = []
     targets: list[NDArray[np.int32]] = []
     weights: list[NDArray[np.float32]] = []
     counts: list[int] = []
@@ -118,6 +122,7 @@ def pack(examples: Sequence[PromptWithResponses], *, first_responses: int | None
                 weights.append(
                     example.weights[number] if example.weights is not None else np.ones(len(response), np.float32)
                 )
+        scored.append(np.arange(prompt_end - 1, cursor))
         counts.append(len(responses))
 
     lengths = [len(target) for target in targets]
@@ -126,6 +131,7 @@ def pack(examples: Sequence[PromptWithResponses], *, first_responses: int | None
         position_ids=_int64(positions),
         segments=tuple(segments),
         predictors=_int64(predictors),
+        scored=_int64(scored),
         targets=_int64(targets),
         response_of_token=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         token_weights=torch.from_numpy(np.concatenate(weights)) if weighted else None,

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from dpo_cli.batch.layout import Segment
+from dpo_cli.batch.layout import PackedRow, Segment
 from dpo_cli.errors import ModelError
 
 PACKED_ATTENTION = "packed"
@@ -72,17 +72,20 @@ class AttentionPlan:
     """How one packed row is attended to; made once, used by every layer.
 
     inverse: (T,) where in the concatenated bucket outputs each row of the packed row lies.
+    scored: (S,) ascending, the rows that predict a response token.
     """
 
     buckets: tuple[Bucket, ...]
     inverse: Tensor
+    scored: Tensor
 
 
-def plan_attention(segments: Sequence[Segment], device: torch.device) -> AttentionPlan:
-    """Group segments into buckets of similar shape. Pure: depends on the segments alone.
+def plan_attention(row: PackedRow, device: torch.device) -> AttentionPlan:
+    """Group a row's segments into buckets of similar shape.
 
     Those with a prefix, which need a mask, are kept apart: a causal kernel does half the work of a masked one.
     """
+    segments = row.segments
     by_shape = sorted(
         range(len(segments)), key=lambda index: (_is_causal(segments[index]), *_shape(segments[index]), index)
     )
@@ -113,7 +116,11 @@ def plan_attention(segments: Sequence[Segment], device: torch.device) -> Attenti
         buckets.append(bucket)
     inverse = torch.empty(sum(map(len, rows)), dtype=torch.int64)
     inverse[torch.cat(rows)] = torch.cat(places)
-    return AttentionPlan(buckets=tuple(_to(bucket, device) for bucket in buckets), inverse=inverse.to(device))
+    return AttentionPlan(
+        buckets=tuple(_to(bucket, device) for bucket in buckets),
+        inverse=inverse.to(device),
+        scored=row.scored.to(device),
+    )
 
 
 def _shape(segment: Segment) -> tuple[int, int]:

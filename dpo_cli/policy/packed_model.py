@@ -14,6 +14,7 @@ from dpo_cli.batch.layout import PackedRow, PromptWithResponses, pack
 from dpo_cli.losses.types import Statistic
 from dpo_cli.policy.attention import packing, plan_attention
 from dpo_cli.policy.head import LogitTransform, TokenScores, install_scoring_head
+from dpo_cli.policy.scored_rows import spare_unscored_rows
 
 
 class PackedModel(nn.Module):
@@ -27,6 +28,7 @@ class PackedModel(nn.Module):
     def __init__(self, model: PreTrainedModel, *, chunk_tokens: int | None = None) -> None:
         super().__init__()
         self.model = model
+        spare_unscored_rows(model.get_decoder())
         install_scoring_head(model.get_output_embeddings(), LogitTransform.of(model.config), chunk_tokens=chunk_tokens)
 
     @property
@@ -39,7 +41,7 @@ class PackedModel(nn.Module):
         statistics: what to tell of each token's distribution beside the target's log-prob; each costs a little time.
         """
         row = row.to(self.device)
-        plan = plan_attention(row.segments, self.device)
+        plan = plan_attention(row, self.device)
         with packing():
             hidden: Tensor = self.model.get_decoder()(
                 input_ids=row.input_ids[None],

@@ -208,3 +208,21 @@ def test_soft_capped_attention_is_refused_not_ignored() -> None:
     config._attn_implementation = "packed"
     with pytest.raises(ModelError, match="softcap"):
         PackedModel(Gemma2ForCausalLM(config))(pack(examples(responses=2)))
+
+
+def test_the_last_feed_forward_network_sees_only_rows_that_predict_a_response_token() -> None:
+    model, row = build("qwen2"), pack(examples(responses=3))
+    seen: dict[int, int] = {}
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.gate_proj.register_forward_pre_hook(
+            lambda _, args, number=number: seen.update({number: args[0].shape[1]})
+        )
+    ids = torch.arange(5)[None]
+    before = model(ids).logits
+    PackedModel(model)(row)
+    *others, last = (seen[number] for number in range(len(model.model.layers)))
+    assert set(others) == {len(row.input_ids)}
+    assert last == len(row.predictors.unique()) < len(row.input_ids)
+    assert torch.equal(row.scored, row.predictors.unique())
+    # A call without a plan passes all rows, after one with a plan too.
+    assert torch.equal(model(ids).logits, before)

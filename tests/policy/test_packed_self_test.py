@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCABULARY, build
 
+from dpo_cli.batch.layout import PackedRow
 from dpo_cli.errors import ModelError
 from dpo_cli.policy import packed_model
 from dpo_cli.policy.attention import plan_attention
@@ -61,8 +63,9 @@ class TestStops:
             run(build("granite", dtype=dtype))
 
     def test_responses_that_see_each_other(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-        def leaky(segments: Any, device: torch.device) -> Any:
-            return plan_attention([segment._replace(prefix_end=segment.query_start) for segment in segments], device)
+        def leaky(row: PackedRow, device: torch.device) -> Any:
+            segments = tuple(segment._replace(prefix_end=segment.query_start) for segment in row.segments)
+            return plan_attention(replace(row, segments=segments), device)
 
         monkeypatch.setattr(packed_model, "plan_attention", leaky)
         with pytest.raises(ModelError, match="wrongly"):

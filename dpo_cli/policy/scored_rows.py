@@ -1,0 +1,53 @@
+"""The last layer's feed-forward network for the rows that predict a response token, and no others.
+
+Attention needs every row's keys and values up to the last layer; what comes after its attention is looked at only where
+a response token is predicted. On long prompts with short responses that spares most of one layer's largest products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def spare_unscored_rows(decoder: nn.Module) -> None:
+    """Have a decoder's last layer pass only `segments.scored` rows through its `mlp`; the others get zeros from it.
+
+    Calls without a plan are answered as before. Decoders that call these parts by other names are left as they are.
+    """
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return
+    attention, mlp = (getattr(layers[-1], name, None) for name in ("self_attn", "mlp"))
+    if isinstance(attention, nn.Module) and isinstance(mlp, nn.Module):
+        rows = _ScoredRows()
+        attention.register_forward_pre_hook(rows.learn, with_kwargs=True)
+        mlp.register_forward_pre_hook(rows.select)
+        mlp.register_forward_hook(rows.restore)
+
+
+class _ScoredRows:
+    """Hooks of one layer. Its attention is told the plan, also when gradient checkpointing computes it again."""
+
+    def __init__(self) -> None:
+        self._scored: Tensor | None = None
+        self._rows = 0
+
+    def learn(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        plan = kwargs.get("segments")
+        self._scored = None if plan is None else plan.scored
+
+    def select(self, mlp: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        """(1, T, d) -> (1, S, d)."""
+        if self._scored is None:
+            return None
+        self._rows = args[0].shape[1]
+        return (args[0].index_select(1, self._scored),)
+
+    def restore(self, mlp: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """(1, S, d) -> (1, T, d)."""
+        if self._scored is None:
+            return None
+        shape = (output.shape[0], self._rows, output.shape[2])
+        return output.new_zeros(shape).index_copy(1, self._scored, output)
