@@ -13,7 +13,7 @@ from dpo_cli.config.schema import ModelConfig
 from dpo_cli.engine.backend import Backend
 from dpo_cli.errors import ConfigError, ModelError
 from dpo_cli.paths import resolve_path
-from dpo_cli.policy.load import LoadedModel, load_model, load_reference
+from dpo_cli.policy.load import LoadedModel, load_frozen_start, load_reference
 from dpo_cli.policy.tokenizer import check_same_vocabulary
 
 _FINAL = "final"
@@ -39,7 +39,6 @@ class NamedModel:
 
 def named_model(settings: ModelConfig) -> NamedModel:
     """The model that `model.path` names; of a run of dpo-train, its final model. Raises ModelError if it has none."""
-    settings = settings.model_copy(update={"lora": None, "gradient_checkpointing": False})
     run = read_run(settings.path)
     if run is None:
         adapted = f" with the adapter {settings.adapter}" if settings.adapter else ""
@@ -90,11 +89,9 @@ def read_run(path: str) -> dict[str, Any] | None:
     return found
 
 
-def load_policy(model: NamedModel, backend: Backend, *, seed: int) -> LoadedModel:
-    loaded = load_model(model.settings, device=backend.device, seed=seed, reading=backend.reading)
-    loaded.model.requires_grad_(False)
-    loaded.model.eval()
-    return loaded
+def load_policy(model: NamedModel, backend: Backend) -> LoadedModel:
+    """Without the adapters in training and the checkpointing that its settings may ask for: nothing is trained here."""
+    return load_frozen_start(model.settings, device=backend.device, reading=backend.reading)
 
 
 def reference_of(model: NamedModel, given: str | None) -> NamedModel:
@@ -128,7 +125,7 @@ def named_reference(settings: ModelConfig, name: str) -> NamedModel:
     return named_model(settings.model_copy(update={"path": name, "revision": None, "adapter": None}))
 
 
-def load_frozen_reference(reference: NamedModel, policy: LoadedModel, backend: Backend, *, seed: int) -> LoadedModel:
+def load_frozen_reference(reference: NamedModel, policy: LoadedModel, backend: Backend) -> LoadedModel:
     """Raises ModelError where its vocabulary is another than the policy's. Without a tokenizer it has the policy's."""
     settings = reference.settings
     if settings.adapter is None and settings.revision is None:
@@ -136,6 +133,6 @@ def load_frozen_reference(reference: NamedModel, policy: LoadedModel, backend: B
         loaded = load_reference(named, policy, device=backend.device, reading=backend.reading)
         assert loaded is not None
         return loaded
-    loaded = load_policy(reference, backend, seed=seed)
+    loaded = load_policy(reference, backend)
     check_same_vocabulary(policy.tokenizer, loaded.tokenizer, where=str(loaded.folder))
     return loaded

@@ -89,11 +89,11 @@ class Session:
 
     def load(self, model: NamedModel) -> LoadedModel:
         self.say(f"model: {model.shown}")
-        return load_policy(model, self.backend, seed=self.config.seed)
+        return load_policy(model, self.backend)
 
     def load_reference(self, reference: NamedModel, policy: LoadedModel) -> LoadedModel:
         self.say(f"reference: {reference.shown}")
-        return load_frozen_reference(reference, policy, self.backend, seed=self.config.seed)
+        return load_frozen_reference(reference, policy, self.backend)
 
     def identity(self, model: LoadedModel) -> ModelIdentity:
         """Weights are hashed once, by the main rank."""

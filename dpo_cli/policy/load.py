@@ -118,15 +118,7 @@ def load_model(
     weights of a dtype are read.
     Raises ModelError for whatever would fail or mislead later.
     """
-    loaded = _load(
-        settings,
-        settings.path,
-        settings.revision,
-        settings.adapter,
-        device=device,
-        max_tokens=max_tokens,
-        reading=reading,
-    )
+    loaded = _load_start(settings, device=device, max_tokens=max_tokens, reading=reading)
     if settings.lora is not None:
         from dpo_cli.policy.lora import add_lora
 
@@ -180,8 +172,20 @@ def load_reference(
 def load_frozen_start(
     settings: ModelSettings, *, device: torch.device, max_tokens: int | None = None, reading: Reading = _plainly
 ) -> LoadedModel:
-    """The policy as it started, once more, frozen: the reference of what the policy writes in training."""
-    loaded = _load(
+    """The policy at its start, frozen: base weights, the SFT adapter merged in. Arguments, errors: see `load_model`."""
+    return _frozen(_load_start(settings, device=device, max_tokens=max_tokens, reading=reading))
+
+
+def _frozen(loaded: LoadedModel) -> LoadedModel:
+    loaded.model.requires_grad_(False)
+    loaded.model.eval()
+    return loaded
+
+
+def _load_start(
+    settings: ModelSettings, *, device: torch.device, max_tokens: int | None, reading: Reading
+) -> LoadedModel:
+    return _load(
         settings,
         settings.path,
         settings.revision,
@@ -190,13 +194,6 @@ def load_frozen_start(
         max_tokens=max_tokens,
         reading=reading,
     )
-    return _frozen(loaded)
-
-
-def _frozen(loaded: LoadedModel) -> LoadedModel:
-    loaded.model.requires_grad_(False)
-    loaded.model.eval()
-    return loaded
 
 
 def _load(
