@@ -25,7 +25,7 @@ from dpo_cli.evaluation.partial import PartialResponses
 from dpo_cli.policy.load import LoadedModel
 from dpo_cli.policy.packed_model import PackedModel, score_examples
 from dpo_cli.policy.self_test import packed_self_test
-from dpo_cli.reference.identity import ModelIdentity, model_identity
+from dpo_cli.reference.identity import ModelIdentity, identity_of
 from dpo_cli.reference.score import reference_sums
 from dpo_cli.reference.store import open_store
 from dpo_cli.reference.sums import ReferenceSums
@@ -95,15 +95,6 @@ class Session:
         self.say(f"reference: {reference.shown}")
         return load_frozen_reference(reference, policy, self.backend)
 
-    def identity(self, model: LoadedModel) -> ModelIdentity:
-        """Weights are hashed once, by the main rank."""
-        found = None
-        if self.ranks.is_main:
-            found = model_identity(**model.identity, cache_dir=self.store_dir / "hashes")
-        identity = self.ranks.broadcast(found)
-        assert identity is not None
-        return identity
-
     def draw(
         self,
         policy: LoadedModel,
@@ -128,7 +119,7 @@ class Session:
                 "get no response"
             )
         partial = PartialResponses(self.work / folder)
-        identity = self.identity(policy)
+        identity = identity_of(policy, store_dir=self.store_dir, ranks=self.ranks)
         if self.ranks.is_main:
             partial.begin(_settings(identity, policy, encoder, prompts, drawing))
         self.ranks.barrier()
@@ -188,7 +179,7 @@ class Session:
 
     def response_logps(self, model: LoadedModel, examples: Examples, *, what: str) -> ReferenceSums:
         """Summed log-probs of all responses, from the store as far as they are there."""
-        store = open_store(self.store_dir, self.identity(model))
+        store = open_store(self.store_dir, identity_of(model, store_dir=self.store_dir, ranks=self.ranks))
         packed = PackedModel(model.model)
         with self.backend.scoring(packed, model.dtype) as scoring, self.stop.deferred(), ExitStack() as display:
             packed_self_test(packed, vocabulary=len(model.tokenizer), where=str(model.folder))

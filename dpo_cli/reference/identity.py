@@ -13,10 +13,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.atomic import content_hash, json_bytes, write_json
+from dpo_cli.engine.ranks import Ranks
 from dpo_cli.errors import ModelError
+
+if TYPE_CHECKING:
+    from dpo_cli.policy.load import LoadedModel
 
 _FORMAT = 1
 # A file changed twice within the clock's grain keeps its times; hashes of files this fresh are not remembered.
@@ -51,6 +55,14 @@ class ModelIdentity:
     @property
     def short(self) -> str:
         return self.key[:6]
+
+
+def identity_of(model: LoadedModel, *, store_dir: Path, ranks: Ranks) -> ModelIdentity:
+    """A loaded model's identity, which all ranks ask for together: weights are hashed once, by the main rank."""
+    found = model_identity(**model.identity, cache_dir=store_dir / "hashes") if ranks.is_main else None
+    identity = ranks.broadcast(found)
+    assert identity is not None
+    return identity
 
 
 def model_identity(

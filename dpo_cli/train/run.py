@@ -30,7 +30,7 @@ from dpo_cli.policy.export import final_state
 from dpo_cli.policy.load import LoadedModel, load_model, load_reference
 from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.policy.self_test import packed_self_test
-from dpo_cli.reference.identity import ModelIdentity, model_identity
+from dpo_cli.reference.identity import identity_of
 from dpo_cli.reference.spot_check import largest_rounding
 from dpo_cli.reference.store import ReferenceStore, open_store
 from dpo_cli.train.batch_loss import BatchLoss
@@ -221,7 +221,7 @@ class _Run:
 
     def _check_unchanged(self, data: RunData, policy: LoadedModel, device: torch.device) -> ReferenceStore:
         """Note what the run's numbers depend on; on resuming, compare. Returns the store of the policy as it starts."""
-        identity = self._identity(policy)
+        identity = identity_of(policy, store_dir=self._store_dir, ranks=self.ranks)
         if self.ranks.is_main:
             self._compare_with_beginning(
                 {"data": data.digest, "model": identity.key, "environment": environment(device)}
@@ -243,15 +243,6 @@ class _Run:
             now = here["environment"].get(name)
             if now != old:
                 self.console.say(f"note: {name} was {old} and is {now} now; the last bits of the results may differ")
-
-    def _identity(self, model: LoadedModel) -> ModelIdentity:
-        """Weights are hashed once, by the main rank."""
-        found = None
-        if self.ranks.is_main:
-            found = model_identity(**model.identity, cache_dir=self._store_dir / "hashes")
-        identity = self.ranks.broadcast(found)
-        assert identity is not None
-        return identity
 
     def _references_of_another_model(
         self,
@@ -275,7 +266,8 @@ class _Run:
         )
         if reference is None:
             return None
-        store = open_store(self._store_dir, self._identity(reference))
+        identity = identity_of(reference, store_dir=self._store_dir, ranks=self.ranks)
+        store = open_store(self._store_dir, identity)
         with backend.scoring(PackedModel(reference.model), reference.dtype) as packed:
             found = self._references(data, truths, packed, reference.dtype_name, store, settings)
         del packed, reference
