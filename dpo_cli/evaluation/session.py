@@ -6,7 +6,7 @@ import hashlib
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,17 +181,12 @@ class Session:
         """Summed log-probs of all responses, from the store as far as they are there."""
         store = open_store(self.store_dir, identity_of(model, store_dir=self.store_dir, ranks=self.ranks))
         packed = PackedModel(model.model)
-        with self.backend.scoring(packed, model.dtype) as scoring, self.stop.deferred(), ExitStack() as display:
+        with (
+            self.backend.scoring(packed, model.dtype) as scoring,
+            self.stop.deferred(),
+            self.console.progress_once_begun(f"scoring with the {what}") as progress,
+        ):
             packed_self_test(packed, vocabulary=len(model.tokenizer), where=str(model.folder))
-            shown = False
-
-            def progress(done: int, total: int) -> None:
-                nonlocal shown
-                if not shown:
-                    display.enter_context(self.console.progress(f"scoring with the {what}", total))
-                    shown = True
-                self.console.advance(done)
-
             return reference_sums(
                 examples,
                 make_score=lambda: lambda together: score_examples(scoring, together),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -73,6 +73,21 @@ class RunConsole:
                 yield
             finally:
                 self._progress = None
+
+    @contextmanager
+    def progress_once_begun(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """What is to be called with (done, total); its first call opens `progress`: without one, nothing is shown."""
+        with ExitStack() as display:
+            opened = False
+
+            def show(done: int, total: int) -> None:
+                nonlocal opened
+                if not opened:
+                    display.enter_context(self.progress(what, total))
+                    opened = True
+                self.advance(done)
+
+            yield show
 
     def advance(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
         if self._progress is not None and self._task is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,16 +80,8 @@ class ReferencePass:
         return sums
 
     def _score(self, examples: Examples, split: str, indices: NDArray[np.int64]) -> ReferenceSums:
-        with ExitStack() as display:
-
-            def progress(done: int, total: int) -> None:
-                # Opened by the first batch: where everything is in the store, there is nothing to show.
-                if not display_open:
-                    display.enter_context(self.console.progress(f"scoring {split}", total))
-                    display_open.append(True)
-                self.console.advance(done)
-
-            display_open: list[bool] = []
+        # Where everything is in the store, there is nothing to show.
+        with self.console.progress_once_begun(f"scoring {split}") as progress:
             return reference_sums(
                 examples,
                 indices=indices,
