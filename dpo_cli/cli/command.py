@@ -140,13 +140,11 @@ def _compute(command: Command, config: CommandConfig, work: Path) -> None:
         return
     import yaml
 
-    from dpo_cli.engine.launch import launch, visible_gpus
+    from dpo_cli.engine.launch import launch, workers_on
 
     settings = {"command": command.config_name, "settings": config.as_dict()}
     (work / SETTINGS_FILE).write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
-    workers = config.hardware.num_workers
-    if workers is None:
-        workers = 1 if config.hardware.device == "cpu" else max(1, visible_gpus())
+    workers = workers_on(config.hardware.device, wanted=config.hardware.num_workers)
     words = [sys.executable, "-P", "-u", "-m", "dpo_cli.cli.command_worker", str(work)]
     try:
         launch(words, workers=workers, run_dir=work, stop_seconds=stop_seconds())

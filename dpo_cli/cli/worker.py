@@ -46,11 +46,9 @@ def train_as_worker(config: Config, run_dir: Path) -> None:
 
 def launch_workers(config: Config, *, run_dir: Path) -> None:
     """Train in processes of this machine's own; raises what the first of them that fails raises."""
-    from dpo_cli.engine.launch import launch, visible_gpus
+    from dpo_cli.engine.launch import launch, workers_on
 
-    workers = config.hardware.num_workers
-    if workers is None:
-        workers = 1 if config.hardware.device == "cpu" else max(1, visible_gpus())
+    workers = workers_on(config.hardware.device, wanted=config.hardware.num_workers)
     command = [sys.executable, "-P", "-u", "-m", "dpo_cli.cli.worker", str(run_dir)]
     try:
         launch(command, workers=workers, run_dir=run_dir, stop_seconds=stop_seconds())

@@ -55,11 +55,18 @@ def launch(command: Sequence[str], *, workers: int, run_dir: Path, stop_seconds:
     _judge(files, workers, torchrun.returncode, signals)
 
 
-def visible_gpus() -> int:
-    """How many GPUs this process may use, without touching any."""
+def workers_on(device: str, *, wanted: int | None) -> int:
+    """As many as are wanted, else one for every GPU that this process may use, else one. Touches no GPU.
+
+    device: as in hardware.device; "cpu" uses none.
+    """
+    if wanted is not None:
+        return wanted
+    if device == "cpu":
+        return 1
     import torch
 
-    return torch.cuda.device_count()
+    return max(1, torch.cuda.device_count())
 
 
 class _Signals:
