@@ -24,16 +24,29 @@ if TYPE_CHECKING:
 # What a work folder holds beside finished responses: what is to be done there.
 SETTINGS_FILE = "command.yaml"
 _PARTIAL = ".partial"
+_OPTIONS = """
+Options
+  --cfg job           show the configuration instead of {doing}
+  --config-dir DIR    look for configuration files in DIR as well
+  --config-name NAME  start from NAME.yaml of that folder, whose defaults list begins with `{config_name}`
+  --version, --help
+
+Groups: choose with GROUP=CHOICE
+"""
+_EXIT_CODES = """
+Exit codes: 0 done, 2 bad input (nothing was written), 75 stopped by a signal after keeping what was finished (give the
+same command again), 130 stopped at once.
+"""
 
 
 @dataclass(frozen=True)
 class Command:
-    """name: as it is called. config_name: of its file in conf/. head, tail: of its help."""
+    """name: as it is called. config_name: of its file in conf/. doing, introduction: what its help says it does."""
 
     name: str
     config_name: str
-    head: str
-    tail: str
+    doing: str
+    introduction: str
 
     def rules(self) -> Rules[Any]:
         from dpo_cli.config.command_checks import EVAL, SAMPLE
@@ -69,7 +82,8 @@ def _dispatch(command: Command, words: list[str]) -> None:
             ("model/_base.yaml", "model"),
             ("hardware/single_gpu.yaml", "hardware"),
         ]
-        print(page(command.head, GROUPS, files, command.tail), end="")
+        head = command.introduction + _OPTIONS.format(doing=command.doing, config_name=command.config_name)
+        print(page(head, GROUPS, files, _EXIT_CODES), end="")
         return
     if arguments.version:
         print(f"dpo-cli {installed_version()}")

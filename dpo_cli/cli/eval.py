@@ -9,7 +9,8 @@ from dpo_cli.cli.command import Command, main_of
 EVAL = Command(
     name="dpo-eval",
     config_name="eval",
-    head="""\
+    doing="evaluating",
+    introduction="""\
 dpo-eval: what a policy can do, how it ranks given responses, and whether two policies differ.
 
   dpo-eval model=local model.path=outputs/RUN prompts=test.jsonl verifier=gsm8k out=result.json
@@ -21,18 +22,6 @@ dpo-eval: what a policy can do, how it ranks given responses, and whether two po
   dpo-eval ... hardware=deepspeed_zero1            all GPUs of this machine, each with the whole model
 
 model.path may be a run folder of dpo-train: its final model is meant, and its reference and beta are known.
-
-Options
-  --cfg job           show the configuration instead of evaluating
-  --config-dir DIR    look for configuration files in DIR as well
-  --config-name NAME  start from NAME.yaml of that folder, whose defaults list begins with `eval`
-  --version, --help
-
-Groups: choose with GROUP=CHOICE
-""",
-    tail="""
-Exit codes: 0 done, 2 bad input (nothing was written), 75 stopped by a signal after keeping what was finished (give the
-same command again), 130 stopped at once.
 """,
 )
 

@@ -9,7 +9,8 @@ from dpo_cli.cli.command import Command, main_of
 SAMPLE = Command(
     name="dpo-sample",
     config_name="sample",
-    head="""\
+    doing="sampling",
+    introduction="""\
 dpo-sample: responses of a policy to prompts, and preference pairs made of them.
 
   dpo-sample model=local model.path=my-model prompts=questions.jsonl out=samples.jsonl
@@ -20,18 +21,6 @@ dpo-sample: responses of a policy to prompts, and preference pairs made of them.
   dpo-train data=local data.train=pairs.jsonl ...                train on the pairs
 
 model.path may be a run folder of dpo-train; its final model is meant.
-
-Options
-  --cfg job           show the configuration instead of sampling
-  --config-dir DIR    look for configuration files in DIR as well
-  --config-name NAME  start from NAME.yaml of that folder, whose defaults list begins with `sample`
-  --version, --help
-
-Groups: choose with GROUP=CHOICE
-""",
-    tail="""
-Exit codes: 0 done, 2 bad input (nothing was written), 75 stopped by a signal after keeping what was finished (give the
-same command again), 130 stopped at once.
 """,
 )
 
