@@ -20,10 +20,10 @@ from dpo_cli.errors import DataError
 from dpo_cli.policy.load import LoadedModel, load_frozen_start, load_reference
 from dpo_cli.policy.packed_model import PackedModel, score_examples
 from dpo_cli.reference.spot_check import spot_check, tolerance_per_token
-from dpo_cli.reference.sums import ReferenceSums
 from dpo_cli.rollout.generate import Sampling, generate
 from dpo_cli.train.generator import Generator, GeneratorSettings, Score
 from dpo_cli.train.metrics_log import MetricsLog
+from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.reference_pass import SPOT_CHECKED_EXAMPLES
 
 SAMPLES = "samples.jsonl"
@@ -57,8 +57,7 @@ def truths_shown(config: Config, truths: Examples, total_steps: int) -> NDArray[
 
 def make_generator(
     config: Config,
-    truths: Examples,
-    reference: ReferenceSums,
+    truths: PreferenceData,
     policy: LoadedModel,
     engine: Engine,
     backend: Backend,
@@ -68,12 +67,16 @@ def make_generator(
     say: Say,
     alive: ExitStack,
 ) -> Generator:
-    """alive: keeps the reference, which scores what the policy writes, until training is over."""
-    rollout = config.rollout
-    say(describe(rollout, len(truths)))
+    """truths: with what the reference says of them.
+
+    alive: keeps the reference, which scores what the policy writes, and the log of samples until training is over.
+    """
+    rollout, examples, reference = config.rollout, truths.examples, truths.reference
+    assert reference is not None
+    say(describe(rollout, len(examples)))
     score = _reference_of_samples(config, policy, engine, backend, alive)
     checked = spot_check(
-        truths,
+        examples,
         reference,
         score,
         k=SPOT_CHECKED_EXAMPLES,
@@ -109,14 +112,14 @@ def make_generator(
             shown_per_step=rollout.shown_per_step,
             stop_token_ids=stops,
         ),
-        truths=truths,
+        truths=examples,
         reference=reference,
         ranks=backend.ranks,
         device=backend.device,
         respond=respond,
         score=score,
         decode=lambda ids: str(policy.tokenizer.decode(ids)),
-        log=MetricsLog(run_dir / SAMPLES),
+        log=alive.enter_context(MetricsLog(run_dir / SAMPLES)),
     )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,31 +133,12 @@ class _Run:
         if task is not None:
             task.before(engine, self.console)
 
-        training = Training(
-            settings=settings,
-            loss=BatchLoss(engine.model, objective, device, self.ranks),
-            engine=engine,
-            ranks=self.ranks,
-            train=references.train,
-            moving=self._moving(references.train, engine.model, settings, device),
-            held_out=references.held_out,
-            generator=None,
-            task=task,
-            schedule=schedule_of(config.optimizer, total_steps=settings.total_steps),
-            checkpoints=CheckpointStore(
-                self.run_dir / "checkpoints", keep=config.keep_checkpoints, ranks=self.ranks, notify=say
-            ),
-            metrics=MetricsLog(self.run_dir / "metrics.jsonl"),
-            trackers=Trackers.of(config.logger if self.ranks.is_main else LoggerConfig(), self.run_dir),
-            console=self.console,
-            stop=self.stop,
-        )
-        with training.metrics, training.trackers, ExitStack() as alive:
-            if references.truths is not None and references.truths.reference is not None:
+        with ExitStack() as alive:
+            generator = None
+            if references.truths is not None:
                 generator = make_generator(
                     config,
-                    references.truths.examples,
-                    references.truths.reference,
+                    references.truths,
                     policy,
                     engine,
                     backend,
@@ -166,8 +147,27 @@ class _Run:
                     say=say,
                     alive=alive,
                 )
-                alive.enter_context(generator.log)
-                training = replace(training, generator=generator)
+            training = Training(
+                settings=settings,
+                loss=BatchLoss(engine.model, objective, device, self.ranks),
+                engine=engine,
+                ranks=self.ranks,
+                train=references.train,
+                moving=self._moving(references.train, engine.model, settings, device),
+                held_out=references.held_out,
+                generator=generator,
+                task=task,
+                schedule=schedule_of(config.optimizer, total_steps=settings.total_steps),
+                checkpoints=CheckpointStore(
+                    self.run_dir / "checkpoints", keep=config.keep_checkpoints, ranks=self.ranks, notify=say
+                ),
+                metrics=alive.enter_context(MetricsLog(self.run_dir / "metrics.jsonl")),
+                trackers=alive.enter_context(
+                    Trackers.of(config.logger if self.ranks.is_main else LoggerConfig(), self.run_dir)
+                ),
+                console=self.console,
+                stop=self.stop,
+            )
             progress = self._resume(training)
             training.checkpoints.check_room(engine.saved_bytes)
             if progress.step == 0:
