@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 
 def microbatches(sizes: Sequence[int], *, tokens_per_microbatch: int, ranks: int = 1) -> list[list[int]]:
@@ -33,3 +34,20 @@ def microbatches(sizes: Sequence[int], *, tokens_per_microbatch: int, ranks: int
             rounds = math.ceil(sum(bool(group) for group in members) / ranks)
             return [sorted(members[bin_]) for bin_ in heaviest_first[: rounds * ranks]]
         count += ranks
+
+
+class Share(NamedTuple):
+    """Places of the examples that one rank computes together.
+
+    idle: it has nothing to do, and takes part because every rank must do equally many passes; it counts for nothing.
+    """
+
+    places: list[int]
+    idle: bool
+
+
+def shares(sizes: Sequence[int], *, tokens_per_microbatch: int, rank: int, ranks: int) -> list[Share]:
+    """Rank `rank`'s part of `microbatches`, as long as every other's; an idle share holds the smallest example."""
+    plan = microbatches(sizes, tokens_per_microbatch=tokens_per_microbatch, ranks=ranks)
+    smallest = min(range(len(sizes)), key=sizes.__getitem__, default=0)
+    return [Share(places or [smallest], idle=not places) for places in plan[rank::ranks]]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_cli.batch.order import cycled_batch
-from dpo_cli.batch.plan import microbatches
+from dpo_cli.batch.plan import shares
 from dpo_cli.data.example import Example, Examples, IntArray
 from dpo_cli.engine.interface import SavedTensor
 from dpo_cli.engine.ranks import Ranks
@@ -170,16 +170,16 @@ class Generator:
             return list(answers)
         places = list(questions)
         sizes = [questions[at].packed_tokens for at in places]
-        plan = microbatches(sizes, tokens_per_microbatch=self.settings.tokens_per_microbatch, ranks=self.ranks.size)
-        smallest = [min(range(len(sizes)), key=sizes.__getitem__)]
+        budget = self.settings.tokens_per_microbatch
         mine: dict[int, list[float]] = {}
-        for group in plan[self.ranks.rank :: self.ranks.size]:
-            # One without anything to score takes part all the same: partitioned weights need all ranks.
-            logps = self.score([questions[places[at]] for at in group or smallest])
-            mine.update(
-                (places[at], [weighted_sum(each, None) for each in scored])
-                for at, scored in zip(group, logps, strict=False)
-            )
+        for share in shares(sizes, tokens_per_microbatch=budget, rank=self.ranks.rank, ranks=self.ranks.size):
+            together = [places[at] for at in share.places]
+            logps = self.score([questions[at] for at in together])
+            if not share.idle:
+                mine.update(
+                    (at, [weighted_sum(each, None) for each in scored])
+                    for at, scored in zip(together, logps, strict=True)
+                )
         told = {at: sums for part in self.ranks.gather(mine) for at, sums in part.items()}
         scored_answers = []
         for at, answer in enumerate(answers):

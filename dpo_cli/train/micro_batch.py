@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpo_cli.batch.plan import microbatches
+from dpo_cli.batch.plan import shares
 from dpo_cli.data.example import Example, Examples
 from dpo_cli.engine.ranks import Ranks
 from dpo_cli.reference.sums import ReferenceSums
@@ -77,20 +77,16 @@ class PreferenceData:
         self, indices: Indices, *, tokens_per_microbatch: int, ranks: Ranks, sampled: Sequence[Sampled] = ()
     ) -> list[MicroBatch]:
         """This rank's micro-batches of a global batch, samples among its pairs; every rank gets equally many."""
+        pairs = len(indices)
         sizes = [int(size) for size in self.examples.sizes[indices]]
-        plan = microbatches(
-            sizes + [each.example.packed_tokens for each in sampled],
-            tokens_per_microbatch=tokens_per_microbatch,
-            ranks=ranks.size,
-        )
-        smallest = min(range(len(sizes)), key=sizes.__getitem__)
+        sizes += [each.example.packed_tokens for each in sampled]
         return [
             self._microbatch(
-                [int(indices[place]) for place in places or [smallest] if place < len(sizes)],
-                [sampled[place - len(sizes)] for place in places if place >= len(sizes)],
-                idle=not places,
+                [int(indices[place]) for place in share.places if place < pairs],
+                [sampled[place - pairs] for place in share.places if place >= pairs],
+                idle=share.idle,
             )
-            for places in plan[ranks.rank :: ranks.size]
+            for share in shares(sizes, tokens_per_microbatch=tokens_per_microbatch, rank=ranks.rank, ranks=ranks.size)
         ]
 
     def _microbatch(self, indices: Sequence[int], sampled: Sequence[Sampled], *, idle: bool) -> MicroBatch:

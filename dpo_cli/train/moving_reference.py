@@ -17,7 +17,7 @@ from torch import nn
 
 from dpo_cli.batch.layout import pack, sum_by_response
 from dpo_cli.batch.order import global_batch
-from dpo_cli.batch.plan import microbatches
+from dpo_cli.batch.plan import shares
 from dpo_cli.engine.ranks import Ranks
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.losses.types import Declaration
@@ -91,15 +91,13 @@ class MovingReference:
     def _score_batch(self, indices: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float64]]]:
         """This rank's share of a global batch, cut as the step will cut it: the same passes give the same bits."""
         sizes = [int(size) for size in self.start.examples.sizes[indices]]
-        plan = microbatches(sizes, tokens_per_microbatch=self.tokens_per_microbatch, ranks=self.ranks.size)
-        spare = min(range(len(sizes)), key=sizes.__getitem__)
-        for places in plan[self.ranks.rank :: self.ranks.size]:
-            examples = [self.start.examples[int(indices[place])] for place in places or [spare]]
-            row = pack(examples).to(self.device)
+        budget = self.tokens_per_microbatch
+        for share in shares(sizes, tokens_per_microbatch=budget, rank=self.ranks.rank, ranks=self.ranks.size):
+            together = [int(indices[place]) for place in share.places]
+            row = pack([self.start.examples[index] for index in together]).to(self.device)
             sums = sum_by_response(row, self.policy(row).logps).cpu().numpy()
-            # An empty share only takes part because all ranks must do equally many passes.
-            parts = np.split(sums, np.cumsum(row.responses_per_example)[:-1])
-            yield from ((int(indices[place]), part) for place, part in zip(places, parts, strict=False))
+            if not share.idle:
+                yield from zip(together, np.split(sums, np.cumsum(row.responses_per_example)[:-1]), strict=True)
 
     def _load(self, since: int) -> ReferenceSums:
         file = self._file(since)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.batch.order import examples_shown, global_batch, steps_per_epoch
-from dpo_cli.batch.plan import microbatches
+from dpo_cli.batch.plan import microbatches, shares
 
 
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(0, 3), st.integers(0, 5))
@@ -53,3 +53,12 @@ def test_microbatches_are_balanced(sizes: list[int]) -> None:
     plan = microbatches(sizes, tokens_per_microbatch=60)
     loads = [sum(sizes[index] for index in group) for group in plan]
     assert max(loads) - min(loads) <= max(sizes)
+
+
+@given(st.lists(st.integers(1, 300), max_size=30), st.integers(50, 1000), st.integers(1, 5))
+def test_ranks_share_a_batch_in_equally_many_passes(sizes: list[int], budget: int, ranks: int) -> None:
+    of_ranks = [shares(sizes, tokens_per_microbatch=budget, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert len({len(mine) for mine in of_ranks}) == 1
+    every = [share for mine in of_ranks for share in mine]
+    assert sorted(place for share in every if not share.idle for place in share.places) == list(range(len(sizes)))
+    assert all([sizes[place] for place in share.places] == [min(sizes)] for share in every if share.idle)
