@@ -35,23 +35,16 @@ class StepOutcome:
 
 
 @dataclass(frozen=True)
-class WholeBatch:
-    """What all ranks have together: examples of the data, and samples of the policy."""
-
-    preferences: int
-    samples: int
-
-    @classmethod
-    def of(cls, indices: Indices, sampled: Sequence[Sampled]) -> WholeBatch:
-        return cls(len(indices), sum(len(each.example.responses) - 1 for each in sampled))
-
-
-@dataclass(frozen=True)
-class _Normalisers:
+class Normalisers:
     """What summed values of the global batch are divided by: those of the data's examples, and of the samples."""
 
     preferences: float
     samples: float
+
+    @classmethod
+    def counts(cls, indices: Indices, sampled: Sequence[Sampled]) -> Normalisers:
+        """How many there are, for a loss that is divided by that."""
+        return cls(len(indices), sum(len(each.example.responses) - 1 for each in sampled))
 
 
 @dataclass(frozen=True)
@@ -80,13 +73,13 @@ class BatchLoss:
     ranks: Ranks = field(default_factory=SoleRank)
 
     def accumulate_gradient(
-        self, micros: Sequence[MicroBatch], engine: Engine, *, step: int = 0, whole: WholeBatch | None = None
+        self, micros: Sequence[MicroBatch], engine: Engine, *, step: int = 0, counts: Normalisers | None = None
     ) -> StepOutcome:
         """Forward and backward over the global batch of a step, counted from 0; the weights have not moved yet.
 
-        whole: what the ranks have together, where it is known; else they tell one another.
+        counts: what the ranks have together, where it is known; else they tell one another.
         """
-        metrics, by = MetricSums(), self._normalisers(micros, whole)
+        metrics, by = MetricSums(), self._normalisers(micros, counts)
         if self._couples:
             loss, tokens = self._coupled(micros, engine, metrics, by)
         else:
@@ -152,7 +145,7 @@ class BatchLoss:
             micro = alone[number] if number < len(alone) else spare
             row = pack(micro.examples, first_responses=self.objective.trained_responses)
             logps = self._response_logps(row, micro, MetricSums(), first_responses=self.objective.trained_responses)
-            finite = engine.is_finite(self._share(logps, micro, _Normalisers(1.0, 1.0), MetricSums(), step=0))
+            finite = engine.is_finite(self._share(logps, micro, Normalisers(1.0, 1.0), MetricSums(), step=0))
             if not finite and number < len(alone):
                 mine.append(micro.examples[0].origin)
         guilty = [origin for origins in self.ranks.gather(mine) for origin in origins]
@@ -172,14 +165,14 @@ class BatchLoss:
         """Whether what `_batch` gave is to be counted here: a coupled loss's batch is whole on every rank."""
         return self.ranks.is_main or not self._couples
 
-    def _normalisers(self, micros: Sequence[MicroBatch], whole: WholeBatch | None) -> _Normalisers:
-        if whole is not None and self.objective.declaration.normaliser == "pairs":
-            return _Normalisers(float(whole.preferences), float(whole.samples))
+    def _normalisers(self, micros: Sequence[MicroBatch], counts: Normalisers | None) -> Normalisers:
+        if counts is not None and self.objective.declaration.normaliser == "pairs":
+            return counts
         mine = self.objective.normaliser(_examples(micros)), float(sum(_samples(micro) for micro in micros))
-        return _Normalisers(*sum_floats(self.ranks, *mine, device=self.device))
+        return Normalisers(*sum_floats(self.ranks, *mine, device=self.device))
 
     def _share(
-        self, logps: ResponseLogps, micro: MicroBatch, by: _Normalisers, metrics: MetricSums, *, step: int
+        self, logps: ResponseLogps, micro: MicroBatch, by: Normalisers, metrics: MetricSums, *, step: int
     ) -> Tensor:
         """This micro-batch's share of the global loss: its pairs' and its samples', each divided by all of theirs."""
         preferences, sampled = logps.split(len(micro.preferences))
@@ -196,7 +189,7 @@ class BatchLoss:
         return shares[0] if len(shares) == 1 else shares[0] + shares[1]
 
     def _independent(
-        self, micros: Sequence[MicroBatch], engine: Engine, metrics: MetricSums, by: _Normalisers, step: int
+        self, micros: Sequence[MicroBatch], engine: Engine, metrics: MetricSums, by: Normalisers, step: int
     ) -> tuple[Tensor, int]:
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for micro in micros:
@@ -213,7 +206,7 @@ class BatchLoss:
         return total, tokens
 
     def _coupled(
-        self, micros: Sequence[MicroBatch], engine: Engine, metrics: MetricSums, by: _Normalisers
+        self, micros: Sequence[MicroBatch], engine: Engine, metrics: MetricSums, by: Normalisers
     ) -> tuple[Tensor, int]:
         """A loss that couples the batch sees all of it at once: d loss / d log-probs there, then through each part."""
         with torch.no_grad():

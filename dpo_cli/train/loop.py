@@ -11,7 +11,7 @@ import torch
 from dpo_cli.batch.order import global_batch, steps_per_epoch
 from dpo_cli.engine.interface import OPTIMIZER, WEIGHTS, Engine, SavedTensor
 from dpo_cli.engine.ranks import Ranks
-from dpo_cli.train.batch_loss import BatchLoss, WholeBatch
+from dpo_cli.train.batch_loss import BatchLoss, Normalisers
 from dpo_cli.train.checkpoint import Checkpoint, CheckpointStore
 from dpo_cli.train.console import RunConsole
 from dpo_cli.train.generator import BUFFER, Generator, GeneratorBatch
@@ -105,7 +105,7 @@ class Training:
                 )
                 clock.data_ready()
                 outcome = self.loss.accumulate_gradient(
-                    micros, self.engine, step=progress.step, whole=WholeBatch.of(indices, written.sampled)
+                    micros, self.engine, step=progress.step, counts=Normalisers.counts(indices, written.sampled)
                 )
                 learning_rate = self.schedule(progress.step)
                 # What the ranks must agree on travels with the loss.
