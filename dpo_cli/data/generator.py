@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,10 +63,3 @@ def split_by_prompt(
     ranked = sorted(prompts.tolist(), key=lambda key: (fraction(seed, "generator", key), key))
     chosen = np.isin(prompt_keys, np.array(ranked[:wanted], dtype=np.int64))
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
-
-
-def that_fit(truths: Truths, *, context: int | None, max_new_tokens: int) -> tuple[Selected, Sequence[int]]:
-    """The prompts after which a sample of full length fits the model's context, and the indices of the others."""
-    longest = truths.prompt_tokens + max_new_tokens
-    fits = np.ones(len(truths), dtype=bool) if context is None else longest <= context
-    return Selected(truths, np.flatnonzero(fits)), np.flatnonzero(~fits).tolist()

@@ -109,9 +109,9 @@ class Session:
         Raises Interrupted once a stop was requested and what is finished is kept.
         """
         encoded = encode_prompts(encoder, questions)
-        longest = drawing.sampling.max_new_tokens
-        check_room(policy.model, encoded, longest, key="sampling.max_new_tokens")
-        fitting = with_room(policy.model, encoded, longest)
+        lengths, longest = [len(ids) for ids in encoded], drawing.sampling.max_new_tokens
+        check_room(policy.model, lengths, longest, key="sampling.max_new_tokens")
+        fitting = with_room(policy.model, lengths, longest)
         prompts = {questions[place].number: encoded[place] for place in fitting}
         if len(fitting) < len(questions):
             self.say(

@@ -60,8 +60,7 @@ class Drawing:
     @classmethod
     def of(cls, settings: Any, *, seed: int, batch_tokens: int) -> Drawing:
         """settings: a config's `sampling` section."""
-        sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
-        return cls(sampling, settings.samples_per_prompt, seed, batch_tokens)
+        return cls(Sampling.of(settings), settings.samples_per_prompt, seed, batch_tokens)
 
 
 def encode_prompts(encoder: Encoder, questions: Sequence[Question]) -> list[IntArray]:
@@ -75,19 +74,21 @@ def encode_prompts(encoder: Encoder, questions: Sequence[Question]) -> list[IntA
     return found
 
 
-def with_room(model: PreTrainedModel, prompts: Sequence[IntArray], max_new_tokens: int) -> list[int]:
-    """Places of the prompts that leave room for a response among the model's positions."""
-    positions = _positions(model)
+def with_room(model: PreTrainedModel, prompt_tokens: Sequence[int] | IntArray, max_new_tokens: int) -> list[int]:
+    """Places of the prompts, each so many tokens long, that leave room for a response among the model's positions."""
+    positions = positions_of(model)
     return [
-        place for place, prompt in enumerate(prompts) if positions is None or len(prompt) + max_new_tokens <= positions
+        place for place, tokens in enumerate(prompt_tokens) if positions is None or tokens + max_new_tokens <= positions
     ]
 
 
-def check_room(model: PreTrainedModel, prompts: Sequence[IntArray], max_new_tokens: int, *, key: str) -> None:
+def check_room(
+    model: PreTrainedModel, prompt_tokens: Sequence[int] | IntArray, max_new_tokens: int, *, key: str
+) -> None:
     """Raise DataError where no prompt leaves room for a response. key: the setting that says how long one may be."""
-    if not prompts or with_room(model, prompts, max_new_tokens):
+    if not len(prompt_tokens) or with_room(model, prompt_tokens, max_new_tokens):
         return
-    shortest, positions = min(map(len, prompts)), _positions(model) or 0
+    shortest, positions = int(min(prompt_tokens)), positions_of(model) or 0
     room = positions - shortest
     raise DataError(
         f"The model has {positions:,} positions: no prompt leaves room for {max_new_tokens:,} new tokens; the shortest "
@@ -97,8 +98,9 @@ def check_room(model: PreTrainedModel, prompts: Sequence[IntArray], max_new_toke
     )
 
 
-def _positions(model: PreTrainedModel) -> int | None:
-    found = getattr(model.config, "max_position_embeddings", None)
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens the model's config says it can tell apart by their place; None where it does not say."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
 
@@ -182,7 +184,7 @@ def solve(
     None where `stopping` said so before the end.
     """
     prompts = encode_prompts(encoder, questions)
-    fitting = with_room(model, prompts, drawing.sampling.max_new_tokens)
+    fitting = with_room(model, [len(ids) for ids in prompts], drawing.sampling.max_new_tokens)
     solved = [False] * len(questions)
     for places in turns({place: prompts[place] for place in fitting}, drawing):
         if stopping():

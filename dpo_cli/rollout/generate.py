@@ -48,6 +48,11 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
 
+    @classmethod
+    def of(cls, settings: Any) -> Sampling:
+        """settings: a section of the config that has all of these keys."""
+        return cls(settings.max_new_tokens, settings.temperature, settings.top_p, settings.top_k)
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0

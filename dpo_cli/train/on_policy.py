@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from dpo_cli.batch.order import examples_cycled
 from dpo_cli.config.schema import Config, RolloutConfig
 from dpo_cli.data.example import Example, Examples, IntArray
-from dpo_cli.data.generator import Truths, that_fit
+from dpo_cli.data.generator import Selected, Truths
 from dpo_cli.engine.backend import Backend
 from dpo_cli.engine.interface import Engine
-from dpo_cli.errors import DataError
 from dpo_cli.policy.load import LoadedModel, load_frozen_start, load_reference
 from dpo_cli.policy.packed_model import PackedModel, score_examples
 from dpo_cli.reference.spot_check import spot_check, tolerance_per_token
+from dpo_cli.rollout.answers import check_room, pad_id_of, positions_of, with_room
 from dpo_cli.rollout.generate import Sampling, generate
 from dpo_cli.train.generator import Generator, GeneratorSettings, Score
 from dpo_cli.train.metrics_log import MetricsLog
@@ -33,21 +33,15 @@ Say = Callable[[str], None]
 def fitting_truths(truths: Truths, policy: LoadedModel, config: Config, say: Say) -> Examples:
     """The prompts after which a whole sample fits the model. Raises DataError when there are none."""
     longest = config.rollout.max_new_tokens
-    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    fitting, others = that_fit(truths, context=context, max_new_tokens=longest)
-    first = truths[others[0]].origin if others else ""
-    if not len(fitting):
-        raise DataError(
-            f"No prompt of the generator leaves room for {longest:,} more tokens within the model's {context:,}.",
-            where=first,
-            hint="a smaller rollout.max_new_tokens",
-        )
-    if others:
+    check_room(policy.model, truths.prompt_tokens, longest, key="rollout.max_new_tokens")
+    fitting = np.array(with_room(policy.model, truths.prompt_tokens, longest), dtype=np.int64)
+    others = np.setdiff1d(np.arange(len(truths)), fitting)
+    if len(others):
         say(
             f"generator: {len(others):,} prompts are left out: with {longest:,} more tokens they would exceed the "
-            f"model's {context:,} (first: {first})"
+            f"model's {positions_of(policy.model):,} (first: {truths[int(others[0])].origin})"
         )
-    return fitting
+    return Selected(truths, fitting)
 
 
 def truths_shown(config: Config, truths: Examples, total_steps: int) -> NDArray[np.int64]:
@@ -86,7 +80,7 @@ def make_generator(
     )
     say(checked.line.replace("reference:", "reference of samples:", 1))
     stops = policy.stop_token_ids
-    sampling = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    sampling, pad_id = Sampling.of(rollout), pad_id_of(policy.tokenizer, stops)
 
     def respond(prompts: Sequence[IntArray], streams: Sequence[int]) -> list[list[IntArray]]:
         with engine.whole_weights():
@@ -97,7 +91,7 @@ def make_generator(
                 samples_per_prompt=rollout.samples_per_prompt,
                 streams=streams,
                 stop_token_ids=stops,
-                pad_id=min(stops),
+                pad_id=pad_id,
                 batch_tokens=rollout.batch_tokens,
             )
 
@@ -127,7 +121,7 @@ def describe(rollout: RolloutConfig, prompts: int) -> str:
     """Whose samples these are, in one line."""
     each = "a sample" if rollout.samples_per_prompt == 1 else f"{rollout.samples_per_prompt} samples"
     told = f"generator: {rollout.prompts_per_step} of {prompts:,} prompts a step, {each} of each"
-    own = Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k).is_the_models_own
+    own = Sampling.of(rollout).is_the_models_own
     if rollout.refresh_every == 1 and own:
         return told + ", drawn from the policy as it is at that step"
     notes = [] if rollout.refresh_every == 1 else [f"up to {rollout.refresh_every - 1} steps old"]

@@ -60,7 +60,7 @@ class TaskEvaluation:
         encoder = Encoder(policy.tokenizer, policy.stop_token_ids, chat=True if chat else None, prompts=prompts)
         check_room(
             policy.model,
-            encode_prompts(encoder, questions),
+            [len(ids) for ids in encode_prompts(encoder, questions)],
             settings.max_new_tokens,
             key="eval.task.max_new_tokens",
         )

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dpo_cli.data.example import Example
-from dpo_cli.data.generator import Truths, split_by_prompt, that_fit
+from dpo_cli.data.generator import Selected, Truths, split_by_prompt
 from dpo_cli.engine.ranks import Ranks, SoleRank
+from dpo_cli.errors import DataError
 from dpo_cli.reference.sums import ReferenceSums
+from dpo_cli.rollout.answers import check_room, with_room
 from dpo_cli.train.generator import Generator, GeneratorBatch, GeneratorSettings
 from dpo_cli.train.metrics_log import MetricsLog, read_metrics
 
@@ -239,12 +242,18 @@ def test_both_sides_get_a_prompt_where_there_are_two(prompts: int, share: float,
 
 
 def test_prompts_that_leave_no_room_for_a_sample_are_told_apart() -> None:
-    rows = Truths(truths(10))
-    fitting, others = that_fit(rows, context=8, max_new_tokens=5)
+    config = Qwen2Config(
+        vocab_size=10, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=8, max_position_embeddings=8,
+    )  # fmt: skip
+    policy, rows = Qwen2ForCausalLM(config), Truths(truths(10))
+    fitting = Selected(rows, np.array(with_room(policy, rows.prompt_tokens, 5)))
     assert [len(fitting[i].prompt) for i in range(len(fitting))] == [1, 2, 3, 1, 2, 3]
-    assert others == [3, 4, 8, 9]
     assert list(fitting.sizes) == [fitting[i].packed_tokens for i in range(len(fitting))]
-    assert len(that_fit(rows, context=None, max_new_tokens=10**9)[0]) == 10
+    check_room(policy, rows.prompt_tokens, 7, key="rollout.max_new_tokens")
+    with pytest.raises(DataError, match="no prompt leaves room for 8 new tokens; the shortest has 1") as caught:
+        check_room(policy, rows.prompt_tokens, 8, key="rollout.max_new_tokens")
+    assert caught.value.hint == "rollout.max_new_tokens=5"
 
 
 def test_a_truth_is_the_first_response_alone() -> None:
