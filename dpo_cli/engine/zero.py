@@ -58,7 +58,8 @@ def import_deepspeed(device: torch.device) -> Any:
     # outlives a killed process, and leaves files in /dev/shm. gloo does the same work.
     backend.build_shm_op = lambda: None
     # Its optimiser for bfloat16 under stage 1 prints the memory in use, whatever the log level.
-    importlib.import_module("deepspeed.runtime.bf16_optimizer").see_memory_usage = lambda *_, **__: None  # type: ignore[attr-defined]
+    bf16_optimizer: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
 
@@ -176,7 +177,8 @@ class ZeroEngine:
 
         if self._stage == 3:
             # DeepSpeed's own function for whole tensors knows no padding: it fails where ranks do not divide the size.
-            share: int = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            partitioned: Any = parameter
+            share: int = partitioned.ds_tensor.numel()
             flat = value.reshape(-1)
             mine = torch.zeros(share, dtype=flat.dtype, device=flat.device)
             part = flat[self._ranks.rank * share : (self._ranks.rank + 1) * share]
