@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -109,7 +108,6 @@ def pairs_of(case: StepCase, real_data: Path | None) -> list[Pair]:
         if len(ids) < count:
             raise ValueError(f"{case.lengths} has {len(ids)} pairs, and {count} are needed")
     else:
-        length: Callable[[int, int], int] = lambda low, high: int(random.integers(low, high + 1))  # noqa: E731
         bounds = {
             "prompt-heavy": ((200, 600), (100, 200)),
             "response-heavy": ((40, 80), (200, 400)),
@@ -117,7 +115,10 @@ def pairs_of(case: StepCase, real_data: Path | None) -> list[Pair]:
         }
         prompt, response = bounds[case.lengths]
         ids = [
-            tuple(random.integers(1, case.vocabulary, length(*b)).tolist() for b in (prompt, response, response))
+            tuple(
+                random.integers(1, case.vocabulary, random.integers(*lengths, endpoint=True)).tolist()
+                for lengths in (prompt, response, response)
+            )
             for _ in range(count)
         ]
     # What random weights give: log-probs around -ln(vocabulary) a token. A few nats off it, so that losses differ.

@@ -196,8 +196,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     side, (case, pairs) = sys.argv[1], load(Path(sys.argv[2]))
     model_of(replace(case, hidden=64, layers=1, vocabulary=64), "sdpa")
-    # Called once all is imported, the model's code too: what the process holds then is not counted.
-    run = lambda: Record(resident_bytes())  # noqa: E731
+
+    def run() -> Record:
+        """Called once all is imported, the model's code too: what the process holds then is not counted."""
+        return Record(resident_bytes())
+
     if side == "ours":
         record = ours(case, pairs, run)
     else:
