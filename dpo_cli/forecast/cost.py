@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dpo_cli.forecast.layout import Layout
-from dpo_cli.forecast.memory import state_bytes, trained_parameters
+from dpo_cli.forecast.memory import CHUNK_BYTES, state_bytes, trained_parameters
 from dpo_cli.forecast.shape import ModelShape
 
 # Of the peak that the vendor states: what training reaches where nothing holds it up.
@@ -31,28 +32,77 @@ def forecast_disk(shape: ModelShape, layout: Layout, *, keep_checkpoints: int) -
 
 
 @dataclass(frozen=True)
+class Batch:
+    """What a step asks of the model. pairs: how many; tokens: that go through it, every prompt's once.
+
+    scored: tokens of responses; looked_at: query-key pairs of attention.
+    """
+
+    pairs: int
+    tokens: int
+    scored: int
+    looked_at: float
+
+    @classmethod
+    def of(cls, lengths: Iterable[tuple[int, ...]]) -> Batch:
+        """lengths: of each pair in tokens, (prompt, response, response, ...)."""
+        pairs = tokens = scored = 0
+        looked_at = 0.0
+        for prompt, first, *others in lengths:
+            pairs, tokens, scored = pairs + 1, tokens + prompt + first + sum(others), scored + first + sum(others)
+            # A causal triangle of the prompt and the first response, then of each other one, which sees the prompt.
+            looked_at += (prompt + first) ** 2 / 2 + sum(other * (prompt + other / 2) for other in others)
+        return cls(pairs, tokens, scored, looked_at)
+
+
+@dataclass(frozen=True)
 class Work:
-    """Of one optimiser step over all workers. tokens: that go through the model; flops: with the backward pass."""
+    """Of one optimiser step. tokens: that go through the model, flops: with the backward pass, of all workers together.
+
+    micro_batches: forward and backward passes of each worker.
+    """
 
     tokens: int
     flops: float
+    micro_batches: int = 1
 
-    def seconds(self, *, device_tflops: float, workers: int) -> float:
-        """device_tflops: a device's stated peak in 1e12 operations a second."""
-        return self.flops / (device_tflops * 1e12 * ASSUMED_UTILISATION * workers)
+    def seconds(self, *, device_tflops: float, workers: int, utilisation: float = ASSUMED_UTILISATION) -> float:
+        """Of computation alone. device_tflops: a device's stated peak in 1e12 operations a second."""
+        return self.flops / (device_tflops * 1e12 * utilisation * workers)
 
 
 def forecast_step(shape: ModelShape, layout: Layout, *, global_pairs: int) -> Work:
-    """A step of pairs as long as they may be, half of each prompt, which is computed once.
+    """A step of pairs as long as they may be, half of each prompt, which is computed once."""
+    half = max(1, layout.longest // 2)
+    return work_of(shape, layout, Batch.of([(half, half, half)] * global_pairs))
+
+
+def work_of(shape: ModelShape, layout: Layout, batch: Batch) -> Work:
+    """A step over a batch whose rows are filled with pairs of its average length.
 
     A multiplication with N weights takes 2 N operations forwards and 4 N backwards; frozen weights need no gradient of
-    their own, which leaves 2 N of these; checkpointing repeats the forward pass.
+    their own, which leaves 2 N of these; checkpointing repeats the layers' forward pass, and the head repeats its own.
     """
-    half = layout.longest // 2
-    tokens = global_pairs * 3 * half
-    # Query-key pairs of one preference pair: a causal triangle of the first half-prompt-half-response, then a response
-    # that sees the prompt and its own triangle.
-    looked_at = global_pairs * ((2 * half) ** 2 / 2 + half * half + half**2 / 2)
-    forward = 2 * shape.active_parameters * tokens + 4 * shape.layers * shape.query_width * looked_at
-    passes = (3 if layout.lora is None else 2) + (1 if layout.gradient_checkpointing else 0)
-    return Work(tokens, passes * forward)
+    together = max(1, layout.tokens * batch.pairs // batch.tokens)
+    micro_batches = -(-batch.pairs // (together * layout.workers))
+    layers, head = _forward(shape, batch)
+    backwards = 2 if layout.lora is None else 1
+    # So many positions' softmaxes are kept in each micro-batch instead of being computed again.
+    kept = min(batch.scored, micro_batches * layout.workers * CHUNK_BYTES // (4 * shape.vocabulary))
+    again = 1 - kept / batch.scored
+    flops = (1 + backwards + layout.gradient_checkpointing) * layers + (1 + backwards + again) * head
+    return Work(batch.tokens, flops, micro_batches)
+
+
+def scoring_work(shape: ModelShape, batch: Batch) -> Work:
+    """A forward pass over the batch, as the reference makes it once for every pair."""
+    return Work(batch.tokens, sum(_forward(shape, batch)))
+
+
+def _forward(shape: ModelShape, batch: Batch) -> tuple[float, float]:
+    """Operations of the layers, and of the output head, which sees scored positions only."""
+    unscored = batch.tokens - batch.scored
+    # The last layer's feed-forward part is computed for scored positions only, too.
+    multiplied = (shape.active_parameters - shape.embedding_parameters) * batch.tokens - shape.feed_forward * unscored
+    attention = 4 * shape.layers * shape.query_width * batch.looked_at
+    return 2 * multiplied + attention, 2.0 * shape.embedding_parameters * batch.scored

@@ -40,6 +40,7 @@ class Layout:
     momentum: of RMSprop.
     reduce_bucket, prefetch_bucket, live_parameters, sub_group: DeepSpeed's bounds on what is exchanged, gathered and
         updated at once, in elements. reduce_bucket None: what the engine asks for.
+    reuse_distance: DeepSpeed does not let go of weights that are used again within so many elements.
     """
 
     tokens: int
@@ -59,6 +60,7 @@ class Layout:
     prefetch_bucket: int = 50_000_000
     live_parameters: int = 1_000_000_000
     sub_group: int = 1_000_000_000
+    reuse_distance: int = 1_000_000_000
 
     @property
     def half(self) -> bool:

@@ -17,6 +17,7 @@ from dpo_cli.forecast.memory import Memory, forecast_memory
 from dpo_cli.forecast.model_files import read_shape
 from dpo_cli.forecast.remedies import Remedy, fits, remedies
 from dpo_cli.forecast.shape import ModelShape
+from dpo_cli.forecast.traffic import Traffic, forecast_traffic
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Plan:
     memory: Memory
     disk: Disk
     step: Work
+    traffic: Traffic
     remedies: tuple[Remedy, ...]
 
     @property
@@ -57,6 +59,7 @@ def plan_run(config: Config, machine: Machine | None = None) -> Plan:
     proposed: list[Remedy] = []
     if machine.device_bytes is not None and not fits(memory, machine.device_bytes):
         proposed = remedies(shape, layout, device_bytes=machine.device_bytes, zero_groups=choices("hardware"))
+    step = forecast_step(shape, layout, global_pairs=config.global_pairs)
     return Plan(
         model=config.model.path,
         shape=shape,
@@ -66,7 +69,8 @@ def plan_run(config: Config, machine: Machine | None = None) -> Plan:
         device_tflops=hardware.device_tflops,
         memory=memory,
         disk=forecast_disk(shape, layout, keep_checkpoints=config.keep_checkpoints),
-        step=forecast_step(shape, layout, global_pairs=config.global_pairs),
+        step=step,
+        traffic=forecast_traffic(shape, layout, micro_batches=step.micro_batches),
         remedies=tuple(proposed),
     )
 
@@ -85,6 +89,7 @@ _BOUNDS = {
     "prefetch_bucket": ("stage3_prefetch_bucket_size", "prefetch_bucket_size"),
     "live_parameters": ("stage3_max_live_parameters", "max_live_parameters"),
     "sub_group": ("sub_group_size",),
+    "reuse_distance": ("stage3_max_reuse_distance", "max_reuse_distance"),
 }
 
 

@@ -89,6 +89,19 @@ def _beside(plan: Plan) -> Iterator[str]:
             f"time: {seconds:,.3g} s a step at most, if {ASSUMED_UTILISATION:.0%} of {plan.device_tflops:g} TFLOPS "
             "are reached"
         )
+    yield from _exchange(plan)
+
+
+def _exchange(plan: Plan) -> Iterator[str]:
+    traffic, workers, passes = plan.traffic, plan.layout.workers, plan.step.micro_batches
+    if workers == 1:
+        return
+    line = f"exchange: {_readable(traffic.gathered)} gathered and {_readable(traffic.reduced)} summed a step "
+    line += f"of {passes:,} micro-batch{'es' if passes > 1 else ''}"
+    if plan.device_tflops is not None:
+        seconds = plan.step.seconds(device_tflops=plan.device_tflops, workers=workers)
+        line += f"; it takes as long as computing at {_readable(traffic.sent(workers) / seconds)}/s a worker"
+    yield line
 
 
 def _verdict(plan: Plan) -> Iterator[str]:

@@ -72,6 +72,12 @@ class ModelShape:
         """Of one of the two embedding matrices, usually the largest tensor of a model."""
         return self.vocabulary * self.hidden
 
+    @property
+    def feed_forward(self) -> int:
+        """Weights that a token is multiplied with in one layer's feed-forward part."""
+        attention = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+        return sum(each.used * each.inputs * each.outputs for each in self.linears if each.name not in attention)
+
     @classmethod
     def of(cls, config: Mapping[str, Any], *, counted_parameters: int | None = None) -> ModelShape:
         """Read a config.json. counted_parameters: what the weight files hold, which is truer than any formula.

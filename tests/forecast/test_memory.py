@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from forecast_shapes import QWEN2_HALF_BILLION, QWEN2_SEVEN_BILLION
 
-from dpo_cli.forecast.cost import forecast_disk, forecast_step
+from dpo_cli.forecast.cost import Batch, forecast_disk, forecast_step
 from dpo_cli.forecast.layout import REDUCE_BUCKET, Layout, LoraLayout, Row, SamplingLayout
 from dpo_cli.forecast.memory import (
     ACTIVATIONS,
@@ -241,13 +241,44 @@ def test_a_step_is_six_operations_a_parameter_and_token_and_attention() -> None:
     # 64 pairs of 512 + 512 + 512 tokens; the embeddings are looked up, not multiplied with.
     work = forecast_step(LARGE, ONE_GPU, global_pairs=64)
     assert work.tokens == 64 * 1536
-    multiplied = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 152064 * 3584
+    feed_forward = 3 * 3584 * 18944
+    multiplied = (28 * (2 * 3584 * 3584 + 2 * 3584 * 512) + 27 * feed_forward) * work.tokens
+    # The head and the last feed-forward part see responses only.
+    scored = 64 * 1024
+    multiplied += feed_forward * scored
     pairs_of_positions = 64 * (1024 * 1024 / 2 + 512 * 512 + 512 * 512 / 2)
-    forward = 2 * multiplied * work.tokens + 4 * 28 * 3584 * pairs_of_positions
-    assert work.flops == pytest.approx(3 * forward)
+    layers = 2 * multiplied + 4 * 28 * 3584 * pairs_of_positions
+    head = 2 * 152064 * 3584 * scored
+    # Five pairs a row of 8,192 tokens.
+    assert work.micro_batches == 13
+    # A fourth time, as the backward pass computes logits again, but for 64 MiB of them in each micro-batch.
+    kept = work.micro_batches * 2**24 // 152064
+    assert work.flops == pytest.approx(3 * layers + (4 - kept / scored) * head)
     checkpointed = forecast_step(LARGE, replace(ONE_GPU, gradient_checkpointing=True), global_pairs=64)
-    assert checkpointed.flops == pytest.approx(4 * forward)
-    assert work.seconds(device_tflops=100, workers=2) == pytest.approx(3 * forward / (2 * 0.4 * 100e12))
+    assert checkpointed.flops - work.flops == pytest.approx(layers)
+    assert work.seconds(device_tflops=100, workers=2) == pytest.approx(work.flops / (2 * 0.4 * 100e12))
+    assert work.seconds(device_tflops=100, workers=2, utilisation=0.2) == pytest.approx(work.flops / (0.4 * 100e12))
+
+
+def test_adapters_spare_the_gradients_of_frozen_weights() -> None:
+    whole = forecast_step(LARGE, ONE_GPU, global_pairs=64).flops
+    adapted = forecast_step(LARGE, replace(ONE_GPU, lora=LoraLayout(16)), global_pairs=64).flops
+    assert 2 / 3 < adapted / whole < 0.7
+
+
+def test_every_worker_passes_over_its_share_of_the_pairs() -> None:
+    # A row of 6,144 tokens holds four pairs of 1,536.
+    layout = replace(ONE_GPU, tokens=6144, zero_stage=2, workers=8)
+    assert forecast_step(LARGE, layout, global_pairs=64).micro_batches == 2
+    assert forecast_step(LARGE, layout, global_pairs=65).micro_batches == 3
+    assert forecast_step(LARGE, replace(layout, tokens=100), global_pairs=64).micro_batches == 8
+
+
+def test_attention_and_scores_are_counted_pair_by_pair() -> None:
+    batch = Batch.of([(3, 2, 4), (1, 1)])
+    assert (batch.pairs, batch.tokens, batch.scored) == (2, 11, 7)
+    # Triangles of 3 + 2 and of 4, which sees the prompt of 3 as well; then one of 1 + 1.
+    assert batch.looked_at == 25 / 2 + 4 * 3 + 16 / 2 + 4 / 2
 
 
 def test_the_forecast_knows_the_bound_of_the_head() -> None:

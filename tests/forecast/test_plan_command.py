@@ -71,6 +71,18 @@ def test_a_plan_for_eight_workers_divides_by_eight(capsys: pytest.CaptureFixture
     assert re.search(r"optimiser states +7\.09 GiB", said)
 
 
+def test_a_plan_tells_what_workers_exchange(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WORDS, "model.path=seven", "global_pairs=64", "tokens_per_microbatch=8192", "data.max_tokens=2048"]
+    assert main([*words, "plan=true"]) == 0
+    assert "exchange:" not in capsys.readouterr().out
+    assert main([*words, "hardware=deepspeed_zero2", "hardware.num_workers=8", "plan=true"]) == 0
+    # Two pairs of 3,072 tokens a row; 4 bytes of 7,615,616,512 gradients four times, and 2 of the new weights once.
+    said = capsys.readouterr().out
+    assert "exchange: 137.1 GB gathered and 121.8 GB summed a step of 4 micro-batches\n" in said
+    main([*words, "hardware=deepspeed_zero2", "hardware.num_workers=8", "hardware.device_tflops=989", "plan=true"])
+    assert re.search(r"4 micro-batches; it takes as long as computing at \d+\.\d GB/s", capsys.readouterr().out)
+
+
 def test_a_plan_under_a_launcher_counts_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     config = check(compose(Request((*WORDS, "model.path=seven", "hardware=deepspeed_zero3"))))
     monkeypatch.setenv("RANK", "0")
@@ -100,6 +112,7 @@ def test_a_plan_counts_with_deepspeed_s_own_options(capsys: pytest.CaptureFixtur
         ("prefetch_bucket_size", "prefetch_bucket"),
         ("stage3_max_live_parameters", "live_parameters"),
         ("sub_group_size", "sub_group"),
+        ("stage3_max_reuse_distance", "reuse_distance"),
     ],
 )
 def test_every_bound_of_deepspeed_s_reaches_the_layout(option: str, name: str) -> None:
