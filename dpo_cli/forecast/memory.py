@@ -141,7 +141,8 @@ def _moments(shape: ModelShape, layout: Layout, row: Row) -> tuple[Moment, ...]:
     if layout.gradient_checkpointing:
         kept = {ACTIVATIONS: shape.layers * width * shape.hidden * row.tokens + outer, ATTENTION: 0}
     else:
-        kept = {ACTIVATIONS: shape.layers * layer + outer, ATTENTION: shape.layers * attention}
+        kept = {ACTIVATIONS: shape.layers * layer - _spared(shape, layout, row) + outer}
+        kept[ATTENTION] = shape.layers * attention
     whole_weights = {PARAMETERS: partition.gathered(shape, layout)}
     kept |= whole_weights
     chunk, head_gradient, embedding = _head(shape, layout, row), 0, shape.embedding_parameters
@@ -222,7 +223,6 @@ def _layer_activations(shape: ModelShape, layout: Layout, row: Row) -> tuple[int
     # A norm keeps its input in float32; its rounded result, scaled and not, for a weight in training or the products.
     norms = (4 + (2 * width if whole else 0)) * 2 * shape.hidden
     norms += (4 + (width if whole else 0)) * shape.norm_width
-    inner = shape.mlp_width * ((4 if whole else 3) if shape.gated else (2 if whole else 1)) * width
     projected = shape.query_width * width if whole else 0
     # Tokens are gathered for their experts, and what comes back is weighted.
     experts = 3 * width * shape.hidden * shape.experts_per_token
@@ -232,11 +232,23 @@ def _layer_activations(shape: ModelShape, layout: Layout, row: Row) -> tuple[int
             # Every adapter reads its input in float32: a copy of its own in half precision, the shared one else.
             share = 4 * linear.inputs if layout.half or linear.inputs != shape.hidden else 2 * linear.inputs
             adapters += linear.used * (share + 4 * layout.lora.rank)
-    tokens = row.tokens * (norms + inner + projected + experts + adapters)
+    tokens = row.tokens * (norms + _inner_activations(shape, layout) + projected + experts + adapters)
     gathered = row.tokens * (2 * width * shape.query_width + 4 * shape.heads)
     masked_width = shape.query_width if layout.on_gpu else shape.key_width
     keys = 2 * width * (row.causal_keys * shape.key_width + row.masked_keys * masked_width)
     return tokens, gathered + keys
+
+
+def _inner_activations(shape: ModelShape, layout: Layout) -> int:
+    """What a feed-forward network keeps of a token."""
+    whole = layout.lora is None
+    return shape.mlp_width * ((4 if whole else 3) if shape.gated else (2 if whole else 1)) * layout.bytes_per_weight
+
+
+def _spared(shape: ModelShape, layout: Layout, row: Row) -> int:
+    """What the last layer's feed-forward network does not keep: of rows that predict no response token."""
+    inputs = layout.bytes_per_weight * shape.hidden if layout.lora is None else 0
+    return (row.tokens - row.scored) * (_inner_activations(shape, layout) + inputs)
 
 
 def _outer_activations(shape: ModelShape, layout: Layout, row: Row) -> int:
