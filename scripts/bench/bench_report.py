@@ -1,14 +1,123 @@
-"""What the benchmarks share: resident memory of a process, a line on the machine, tables in the documents."""
+"""What the benchmarks share: fresh processes by turns, resident memory, spreads, tables in the documents."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 MIB = 2**20
+BENCH = Path(__file__).resolve().parent
+DOCUMENT = BENCH.parents[1] / "docs" / "performance.md"
+# When this process was asked for, in seconds of `time.time`; told to fresh processes.
+_LAUNCHED = "BENCH_LAUNCHED"
+
+# What one side of one repeat tells, and the repeats of every side.
+Run = dict[str, Any]
+Runs = dict[str, list[Run]]
+
+
+def parser_of(doc: str | None, *, repeats: int = 3) -> argparse.ArgumentParser:
+    """With the arguments that every benchmark has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path, help="keep all figures here, and go on from what is there")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.name}")
+    parser.add_argument("--quick", action="store_true", help="that it runs; its figures mean nothing")
+    return parser
+
+
+def environment_of(threads: int, **variables: str) -> dict[str, str]:
+    """Of a measured process: so many threads, no network, no chatter."""
+    quiet = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    return os.environ | quiet | offline | {_LAUNCHED: str(time.time())} | variables
+
+
+def run_fresh(script: str, *words: str, threads: int, **variables: str) -> Run:
+    """A script of this folder in a process of its own; what it prints last is JSON."""
+    command = [sys.executable, str(BENCH / script), *words]
+    done = subprocess.run(
+        command, env=environment_of(threads, **variables), text=True, stdout=subprocess.PIPE, check=True
+    )
+    found: Run = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def seconds_since_launch() -> float:
+    """Since this process was asked for, interpreter and imports included."""
+    return time.time() - float(os.environ[_LAUNCHED])
+
+
+def measure_by_turns(
+    cases: Mapping[str, Mapping[str, Callable[[], Run]]],
+    *,
+    repeats: int,
+    kept: Path | None,
+    check: Callable[[str, Runs], None] = lambda name, runs: None,
+) -> dict[str, Runs]:
+    """Every side of every case, repeat after repeat, in an order that turns round.
+
+    kept: a file of all figures; what is there already is not measured again. check: raises for a case whose sides did
+    not do the same work.
+    """
+    results: dict[str, Runs] = {}
+    if kept is not None and kept.exists():
+        results = json.loads(kept.read_text(encoding="utf-8"))
+    for repeat in range(repeats):
+        for name, sides in cases.items():
+            runs = results.setdefault(name, {})
+            # Whatever a machine does at times falls on other sides in other turns.
+            for side in reversed(list(sides)) if repeat % 2 else sides:
+                if len(runs.setdefault(side, [])) > repeat:
+                    continue
+                began = time.perf_counter()
+                runs[side].append(sides[side]())
+                load, seconds = os.getloadavg()[0], time.perf_counter() - began
+                print(f"{name}, {side}, repeat {repeat + 1}: {seconds:.0f} s, load {load:.1f}", file=sys.stderr)
+                if kept is not None:
+                    kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            check(name, runs)
+    return {name: {side: results[name][side] for side in sides} for name, sides in cases.items()}
+
+
+def values_of(runs: Sequence[Run], measure: str) -> list[float]:
+    return [float(run[measure]) for run in runs]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median (lowest-highest)."""
+    shown = [f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values))]
+    return f"{shown[0]} ({shown[1]}-{shown[2]})"
+
+
+def ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The median over repeats: two sides of one repeat were measured one soon after the other."""
+    return statistics.median(a / b for a, b in zip(values, others, strict=False))
+
+
+def table_of(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]]) + "\n"
+
+
+def publish(script: str, text: str, *, write: bool) -> None:
+    """Show what a benchmark found; write: and put it between that script's markers in the document."""
+    print(text)
+    if write:
+        begin, end = (f"<!-- {what}table: scripts/bench/{script} -->" for what in ("", "end of "))
+        replace_between(DOCUMENT, f"{begin}\n", end, text)
 
 
 def resident_bytes() -> int:

@@ -10,39 +10,27 @@ Every side of every case and repeat is a fresh process; sides alternate. The los
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from bench_report import MIB, machine_line, replace_between
+from bench_report import MIB, Run, Runs, machine_line, parser_of, publish, ratio, run_fresh, spread
 from step_cases import CASES, QUICK, Pair, StepCase, pairs_of, save
 
 SIDES = ("ours", "fair", "trl", "grouped")
 SHOWN = {"ours": "this tool", "fair": "TRL, fair", "trl": "TRL as shipped", "grouped": "TRL fair, length-grouped"}
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
-BEGIN, END = "<!-- table: scripts/bench/step.py -->\n", "<!-- end of table: scripts/bench/step.py -->"
 # bfloat16 rounds each product to 3 digits, here and there in another order.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
-Run = dict[str, Any]
-Runs = dict[str, list[Run]]
 
 
 def measure(side: str, file: Path, threads: int) -> Run:
     """One side in a fresh process."""
-    quiet = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
-    environment = os.environ | quiet | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, str(Path(__file__).with_name("step_sides.py")), side, str(file)]
-    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, check=True)
-    found: Run = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_fresh("step_sides.py", side, str(file), threads=threads)
 
 
 def measure_once(case: StepCase, pairs: list[Pair], runs: Runs, *, sides: list[str], threads: int) -> None:
@@ -88,16 +76,6 @@ def figures(case: StepCase, pairs: list[Pair], runs: Runs) -> dict[str, dict[str
     return found
 
 
-def spread(values: list[float], digits: int) -> str:
-    shown = [f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values))]
-    return f"{shown[0]} ({shown[1]}-{shown[2]})"
-
-
-def ratio(values: dict[str, list[float]], measure: str, other: dict[str, list[float]]) -> float:
-    """The median over repeats: two sides of one repeat were measured one soon after the other."""
-    return statistics.median(a / b for a, b in zip(values[measure], other[measure], strict=False))
-
-
 def table(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "| case | side | s a step | CPU s a step | tokens/s | pairs/s | peak, MiB | faster by | less CPU by | memory |",
@@ -109,9 +87,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             its = found[side]
             compared = ["", "", ""]
             if side != "ours":
+                our = found["ours"]
                 ratios = (
-                    ratio(its, "seconds", found["ours"]), ratio(its, "cpu_seconds", found["ours"]),
-                    ratio(found["ours"], "memory", its),
+                    ratio(its["seconds"], our["seconds"]), ratio(its["cpu_seconds"], our["cpu_seconds"]),
+                    ratio(our["memory"], its["memory"]),
                 )  # fmt: skip
                 compared = [f"**{value:.2f}**" for value in ratios]
             cells = (
@@ -132,15 +111,10 @@ def losses_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--case", choices=CASES, nargs="*", help="which cases (default: all)")
     parser.add_argument("--side", choices=SIDES, nargs="*", default=list(SIDES))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--real-data", type=Path, help="folder with gsm8k/, preferences/ and qwen2-tokenizer/")
-    parser.add_argument("--json", type=Path, help="keep all figures here")
-    parser.add_argument("--write", action="store_true", help=f"put the tables into {DOCUMENT.name}")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, once")
     options = parser.parse_args()
     cases = {"quick": QUICK} if options.quick else {name: CASES[name] for name in options.case or CASES}
     kept: dict[str, Any] = {"cases": {}}
@@ -160,9 +134,7 @@ def main() -> None:
                 options.json.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     ordered = {name: kept["cases"][name] for name in ({**CASES, "quick": QUICK}) if name in kept["cases"]}
     text = f"{kept['machine']}.\n\n{table(ordered)}\nLosses of the first steps:\n\n{losses_table(ordered)}"
-    print(text)
-    if options.write:
-        replace_between(DOCUMENT, BEGIN, END, text)
+    publish("step.py", text, write=options.write)
 
 
 if __name__ == "__main__":
