@@ -55,6 +55,53 @@ def run_fresh(script: str, *words: str, threads: int, **variables: str) -> Run:
     return found
 
 
+def run_watched(script: str, *words: str, threads: int, **variables: str) -> Run:
+    """As `run_fresh`, with tree_peak_bytes: the most memory of their own that it and all processes below it had."""
+    command, peak = [sys.executable, str(BENCH / script), *words], 0
+    with subprocess.Popen(
+        command, env=environment_of(threads, **variables), text=True, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        while process.poll() is None:
+            peak = max(peak, sum(own_bytes(pid) for pid in _tree(process.pid)))
+            time.sleep(0.05)
+        told = process.stdout.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    found: Run = json.loads(told.splitlines()[-1])
+    return found | {"tree_peak_bytes": peak}
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and all below it; one that ends meanwhile is left out."""
+    try:
+        below = [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text(encoding="ascii").split()
+        ]
+    except OSError:
+        return [pid]
+    return [pid, *(each for child in below for each in _tree(child))]
+
+
+def own_bytes(pid: int | str = "self") -> int:
+    """Resident memory of a process without files that it maps, which the system may drop; 0 of one that has ended."""
+    try:
+        _, resident, mapped, *_ = map(int, Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split())
+    except (OSError, ValueError):
+        return 0
+    return (resident - mapped) * os.sysconf("SC_PAGE_SIZE")
+
+
+def run_command(command: str, *words: str, threads: int, **variables: str) -> str:
+    """One of this tool's commands, installed beside the interpreter; returns what it printed."""
+    program = str(Path(sys.executable).with_name(command))
+    environment = environment_of(threads, **variables)
+    done = subprocess.run([program, *words], env=environment, text=True, stdout=subprocess.PIPE, check=True)
+    return done.stdout
+
+
 def seconds_since_launch() -> float:
     """Since this process was asked for, interpreter and imports included."""
     return time.time() - float(os.environ[_LAUNCHED])

@@ -1,0 +1,63 @@
+"""A training as `dpo-train` does it, with a clock beside it: `timed_run.py OVERRIDE...` prints JSON.
+
+ends: of every step, in seconds since this process was asked for and in seconds of its processor time.
+metrics: the run's lines of training metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+
+from bench_report import seconds_since_launch
+from rich.console import Console
+
+from dpo_cli.cli.run_folder import create_run_folder
+from dpo_cli.config.check import check
+from dpo_cli.config.compose.composition import Request, compose
+from dpo_cli.train.console import RunConsole
+from dpo_cli.train.metrics_log import read_metrics
+
+
+class StepClock(RunConsole):
+    """Notes when the progress of the training moves, which it does at the end of every step."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(file=StringIO()))
+        self.ends: list[tuple[float, float]] = []
+        self._training = False
+
+    @contextmanager
+    def progress(self, what: str, total: int, done: int = 0) -> Iterator[None]:
+        self._training = what == "training"
+        with super().progress(what, total, done):
+            yield
+        self._training = False
+
+    def advance(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
+        super().advance(done, metrics)
+        # With metrics it is told of a step that was told before, or is yet to be.
+        if self._training and metrics is None:
+            self.ends.append((seconds_since_launch(), time.process_time()))
+
+
+def main() -> None:
+    # As late as dpo-train does it: a configuration is checked before torch is imported.
+    request = Request(tuple(sys.argv[1:]))
+    config = check(compose(request))
+    create_run_folder(config, request)
+    from dpo_cli.train.run import run_training
+
+    folder, clock = Path(config.run_dir), StepClock()
+    run_training(config, run_dir=folder, console=clock)
+    lines = [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "train"]
+    print(json.dumps({"ends": clock.ends, "metrics": lines}))
+
+
+if __name__ == "__main__":
+    main()
