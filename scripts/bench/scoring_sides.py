@@ -57,11 +57,14 @@ def ours(case: StepCase, pairs: list[Pair], folder: str) -> Pass:
 
 
 def trl(case: StepCase, pairs: list[Pair], folder: str, *, fair: bool) -> Pass:
+    from datasets import load_from_disk
     from trl_side import TokenisedTrainer, arguments, dataset_of, padding_tokenizer, project_responses_only
 
     if fair:
         project_responses_only()
-    timed = dataset_of(pairs[case.global_pairs :], scored=False)
+    # What it has computed for rows in memory, it does not find again; rows of a file it does.
+    dataset_of(pairs[case.global_pairs :], scored=False).save_to_disk(f"{folder}/rows")
+    timed = load_from_disk(f"{folder}/rows")
     settings = arguments(folder, per_device_train_batch_size=case.global_pairs, bf16=case.dtype == "bfloat16")
     # Making it scores the pairs it is given: the first batch, which warms up.
     trainer = TokenisedTrainer(
