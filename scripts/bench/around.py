@@ -34,7 +34,7 @@ from data_rows import write_pairs
 from step_cases import QUICK, StepCase, pairs_of, save
 
 CASES = {
-    "--help": "< 1 s",
+    "help": "< 1 s",
     "config error": "< 1.5 s",
     "first step, cold": "",
     "first step, warm": "at most half of TRL's",
@@ -99,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         starts = Starts(Path(scratch), threads=options.threads, pairs=8 if options.quick else 32)
         cases: dict[str, dict[str, Callable[[], Run]]] = {
-            "--help": {"ours": starts.help},
+            "help": {"ours": starts.help},
             "config error": {"ours": starts.config_error},
             "first step, cold": {"ours": starts.ours_cold, "trl": starts.trl_cold},
             "first step, warm": {"ours": starts.ours_warm, "trl": starts.trl_warm},

@@ -56,7 +56,7 @@ class Starts:
             self._first_step(["save_every=1"], stopped, step=3)
         shutil.copytree(stopped, copy)
         # What is there of later steps would be taken for the resumed run's.
-        saved = max(int(path.name.removeprefix("step-")) for path in (copy / "checkpoints").glob("step-*"))
+        saved = max(int(path.name.removeprefix("step-")) for path in (copy / "checkpoints").glob("step-????????"))
         log = copy / "metrics.jsonl"
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         log.write_text("".join(line for line in lines if json.loads(line)["step"] <= saved), encoding="utf-8")
