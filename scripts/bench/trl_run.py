@@ -91,9 +91,10 @@ def train(run: TrlRun) -> dict[str, Any]:
     if run.fair:
         project_responses_only()
     ends: list[tuple[float, float]] = []
+    # Without max_length, which no pair here reaches: with it, TRL scores anew for every output folder.
     settings = arguments(
         run.folder, max_steps=run.steps, per_device_train_batch_size=run.pairs, learning_rate=run.learning_rate,
-        warmup_steps=run.warmup_steps, lr_scheduler_type="cosine", beta=run.beta, seed=run.seed, max_length=256,
+        warmup_steps=run.warmup_steps, lr_scheduler_type="cosine", beta=run.beta, seed=run.seed,
         save_strategy="no" if run.save_every is None else "steps", save_steps=run.save_every or 500,
     )  # fmt: skip
     trainer = (InOurOrder if run.in_our_order else Timed)(
