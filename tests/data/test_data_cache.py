@@ -268,6 +268,23 @@ def test_indexing_is_fast_and_copies_nothing(prepare: Any, write_jsonl: Any) -> 
         train[len(train)]
 
 
+_READ_AND_LIST_MODULES = """
+import sys
+from pathlib import Path
+from dpo_cli.data.arrow_store import StoredExamples
+examples = StoredExamples(Path(sys.argv[1]), ["rows.jsonl"], max_tokens=64)
+print(len(examples), examples[0].packed_tokens, "pandas" in sys.modules)
+"""
+
+
+def test_what_is_stored_is_read_without_importing_pandas(prepare: Any, write_jsonl: Any, tmp_path: Path) -> None:
+    train = prepare(write_jsonl(ROWS[:20])).train
+    (stored,) = (tmp_path / "store").glob("data/*/train.arrow")
+    command = [sys.executable, "-c", _READ_AND_LIST_MODULES, str(stored)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert told == ["20", str(train[0].packed_tokens), "False"]
+
+
 @pytest.mark.parametrize(
     ("keys", "partners"),
     [

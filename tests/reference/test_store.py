@@ -73,6 +73,24 @@ def test_what_was_written_is_read_back_bit_for_bit_in_any_order(tmp_path: Path) 
     assert _same(store.read(key_array([keys[i] for i in order])), [logps[i] for i in order])
 
 
+_READ_AND_LIST_MODULES = """
+import sys
+from pathlib import Path
+from dpo_cli.reference.keys import key_array
+from dpo_cli.reference.store import ReferenceStore
+(found,) = ReferenceStore(Path(sys.argv[1])).read(key_array([bytes.fromhex(sys.argv[2])]))
+print(len(found), "pandas" in sys.modules)
+"""
+
+
+def test_entries_are_read_without_importing_pandas(tmp_path: Path) -> None:
+    keys, logps = _entries(5)
+    _filled(tmp_path / "s", keys, logps)
+    command = [sys.executable, "-c", _READ_AND_LIST_MODULES, str(tmp_path / "s"), keys[0].hex()]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert told == [str(len(logps[0])), "False"]
+
+
 def test_keys_ending_in_zero_bytes_are_found(tmp_path: Path) -> None:
     keys = [b"a" * 15 + b"\0", b"\0" * 16, b"a" * 16]
     logps = [np.full(3, -n, np.float32) for n in range(3)]
