@@ -106,10 +106,9 @@ def lengths_table(results: dict[str, Runs]) -> str:
             ]  # fmt: skip
         compared = (values_of(runs[side], "cpu_microseconds") for side in ("fair", "ours"))
         lines.append([*cells, f"**{ratio(*compared):.2f}**"])
-    ours, theirs = (
-        (f"{side}, microseconds a token", f"CPU of {side}", f"peak of {side}, MiB") for side in ("us", "TRL")
-    )
-    return table_of(("tokens a sequence", *ours, *theirs, "less CPU by"), lines)
+    measures = ("microseconds a token", "CPU microseconds", "peak, MiB")
+    named = (f"{side}: {measure}" for side in ("this tool", "TRL, fair") for measure in measures)
+    return table_of(("tokens a sequence", *named, "less CPU by"), lines)
 
 
 def main() -> None:
