@@ -149,7 +149,9 @@ class StoredExamples:
             # Arrow's own to_numpy imports pandas, a third of a second at every start.
             for name in _LISTS:
                 column = batch.column(name)
-                columns[name] = _Lists(np.from_dlpack(column.values), np.from_dlpack(column.offsets))
+                values: NDArray[Any] = np.from_dlpack(column.values)
+                offsets: NDArray[Any] = np.from_dlpack(column.offsets)
+                columns[name] = _Lists(values, offsets)
             for name in _SCALARS:
                 columns[name] = np.from_dlpack(batch.column(name))
             self._batches.append(columns)

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -83,6 +84,6 @@ class Shard:
         """Per-token arrays of some rows, copied out of the map."""
         column = self._batch.column("logps")
         # Arrow's own to_numpy imports pandas, a third of a second at every start.
-        offsets = np.from_dlpack(column.offsets)
-        values = np.from_dlpack(column.values)
+        offsets: NDArray[Any] = np.from_dlpack(column.offsets)
+        values: NDArray[Any] = np.from_dlpack(column.values)
         return [values[offsets[row] : offsets[row + 1]].copy() for row in rows]

@@ -84,7 +84,7 @@ def accuracy(model: Path, *, problems: int, threads: int) -> float:
             "sampling.max_new_tokens=48", f"out={out}", f"store_dir={folder}", threads=threads,
         )  # fmt: skip
         found = json.loads(out.read_text(encoding="utf-8"))
-    return 100 * float(found["accuracy"]["value"])
+    return round(100 * float(found["accuracy"]["value"]), 6)
 
 
 def check_losses(name: str, runs: Runs) -> None:
