@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpo_cli.batch.transfer import to_device
+
 
 class Segment(NamedTuple):
     """Queries [query_start, query_end) attend to keys [prefix_start, prefix_end) and, causally, to themselves."""
@@ -70,7 +72,7 @@ class PackedRow:
 
     def to(self, device: torch.device) -> PackedRow:
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+            return to_device(tensor, device)
 
         return PackedRow(
             input_ids=move(self.input_ids),

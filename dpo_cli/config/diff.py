@@ -22,6 +22,7 @@ FREE_ON_RESUME = (
     "save_every",
     "keep_checkpoints",
     "tokens_per_microbatch",
+    "model.attention",
     "model.gradient_checkpointing",
     "data.workers",
     "eval.task",

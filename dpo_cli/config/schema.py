@@ -30,6 +30,7 @@ class ModelConfig(Section):
     path: Name
     revision: Name | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    attention: Literal["auto", "flash", "varlen", "flex", "sdpa"]
     gradient_checkpointing: bool
     trust_remote_code: bool
     adapter: Name | None

@@ -23,7 +23,7 @@ from dpo_cli.errors import DataError, Interrupted, OutOfMemory
 from dpo_cli.evaluation.models import NamedModel, load_frozen_reference, load_policy
 from dpo_cli.evaluation.partial import PartialResponses
 from dpo_cli.policy.load import LoadedModel
-from dpo_cli.policy.packed_model import PackedModel, score_examples
+from dpo_cli.policy.packed_model import score_examples
 from dpo_cli.policy.self_test import packed_self_test
 from dpo_cli.reference.identity import ModelIdentity, identity_of
 from dpo_cli.reference.score import reference_sums
@@ -180,7 +180,7 @@ class Session:
     def response_logps(self, model: LoadedModel, examples: Examples, *, what: str) -> ReferenceSums:
         """Summed log-probs of all responses, from the store as far as they are there."""
         store = open_store(self.store_dir, identity_of(model, store_dir=self.store_dir, ranks=self.ranks))
-        packed = PackedModel(model.model)
+        packed = model.packed()
         with (
             self.backend.scoring(packed, model.dtype) as scoring,
             self.stop.deferred(),

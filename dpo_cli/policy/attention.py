@@ -2,7 +2,7 @@
 
 A response's queries see the keys of its prompt and, causally, their own. Segments of similar shape are gathered into
 one batched scaled_dot_product_attention, so cost is linear in the number of responses and small models are not drowned
-in calls. This is the plain PyTorch route: it runs on any CPU and GPU.
+in calls. This is the plain PyTorch route: it runs on any CPU and GPU. `attention_routes` knows the others.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +20,35 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from dpo_cli.batch.layout import PackedRow, Segment
+from dpo_cli.batch.layout import Segment
+from dpo_cli.batch.transfer import to_device
 from dpo_cli.errors import ModelError
 
 PACKED_ATTENTION = "packed"
-# What the reference store records: log-probs of different routes differ in their last bits.
-ATTENTION_ROUTE = "packed-sdpa"
 
 # A bucket may hold this much more than its segments need before a new one is begun: a padded score costs less than a
 # further call for short segments, more than it for long ones.
 MAX_PADDING_RATIO = 1.15
 # Scores (queries x keys) in one call, per head; bounds the mask and whatever the kernel materialises.
 MAX_SCORES_PER_CALL = 2**22
+
+
+class RowAttention(Protocol):
+    """How one packed row is attended to; made once, used by every layer."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scaling: float | None, window: int | None) -> Tensor:
+        """q (T, heads, d), k and v (T, kv_heads, d) -> (T, heads, d).
+
+        scaling: of the scores, 1 / sqrt(d) by default. window: a query sees so many keys, its own among them.
+        """
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What every layer is told of a packed row. scored: (S,) ascending, the rows that predict a response token."""
+
+    attention: RowAttention
+    scored: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,23 +86,24 @@ class Bucket:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How one packed row is attended to; made once, used by every layer.
+    """The plain route: a scaled_dot_product_attention a bucket.
 
     inverse: (T,) where in the concatenated bucket outputs each row of the packed row lies.
-    scored: (S,) ascending, the rows that predict a response token.
     """
 
     buckets: tuple[Bucket, ...]
     inverse: Tensor
-    scored: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scaling: float | None, window: int | None) -> Tensor:
+        outputs = [_attend(bucket, q, k, v, scaling, window) for bucket in self.buckets]
+        return torch.cat(outputs).index_select(0, self.inverse)
 
 
-def plan_attention(row: PackedRow, device: torch.device) -> AttentionPlan:
-    """Group a row's segments into buckets of similar shape.
+def plan_attention(segments: Sequence[Segment], device: torch.device) -> AttentionPlan:
+    """Group segments into buckets of similar shape. Pure: depends on the segments alone.
 
     Those with a prefix, which need a mask, are kept apart: a causal kernel does half the work of a masked one.
     """
-    segments = row.segments
     by_shape = sorted(
         range(len(segments)), key=lambda index: (_is_causal(segments[index]), *_shape(segments[index]), index)
     )
@@ -116,11 +134,7 @@ def plan_attention(row: PackedRow, device: torch.device) -> AttentionPlan:
         buckets.append(bucket)
     inverse = torch.empty(sum(map(len, rows)), dtype=torch.int64)
     inverse[torch.cat(rows)] = torch.cat(places)
-    return AttentionPlan(
-        buckets=tuple(_to(bucket, device) for bucket in buckets),
-        inverse=inverse.to(device),
-        scored=row.scored.to(device),
-    )
+    return AttentionPlan(buckets=tuple(_to(bucket, device) for bucket in buckets), inverse=to_device(inverse, device))
 
 
 def _shape(segment: Segment) -> tuple[int, int]:
@@ -154,10 +168,10 @@ def _bucket(segments: Sequence[Segment]) -> Bucket:
 
 def _to(bucket: Bucket, device: torch.device) -> Bucket:
     return Bucket(
-        queries=bucket.queries.to(device),
-        keys=bucket.keys.to(device),
-        query_positions=bucket.query_positions.to(device),
-        key_positions=bucket.key_positions.to(device),
+        queries=to_device(bucket.queries, device),
+        keys=to_device(bucket.keys, device),
+        query_positions=to_device(bucket.query_positions, device),
+        key_positions=to_device(bucket.key_positions, device),
         causal=bucket.causal,
     )
 
@@ -171,7 +185,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    segments: AttentionPlan | None = None,
+    segments: RowPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer. query (1, heads, T, d), key and value (1, kv_heads, T, d) -> (1, T, heads, d).
@@ -196,8 +210,7 @@ def packed_attention(
         raise ModelError("Attention dropout must be off: reference and policy would not be comparable.")
 
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, d)
-    outputs = [_attend(bucket, q, k, v, scaling, sliding_window) for bucket in segments.buckets]
-    return torch.cat(outputs).index_select(0, segments.inverse)[None], None
+    return segments.attention.attend(q, k, v, scaling=scaling, window=sliding_window)[None], None
 
 
 def _attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:

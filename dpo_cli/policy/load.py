@@ -14,10 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.utils import logging as transformers_logging
 
 from dpo_cli.errors import ModelError
-from dpo_cli.policy.attention import ATTENTION_ROUTE, PACKED_ATTENTION
+from dpo_cli.policy.attention import PACKED_ATTENTION
+from dpo_cli.policy.attention_routes import AttentionRoute, choose_attention
 from dpo_cli.policy.compatibility import check_config, check_model_class, check_modules
 from dpo_cli.policy.dropout import switch_off_noise, verify_no_noise
 from dpo_cli.policy.folder import adapter_weight_files, check_safetensors_file, resolve_model_folder, weight_files
+from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.policy.tokenizer import check_same_vocabulary, check_tokenizer_fits, load_tokenizer, stop_token_ids
 
 # peft takes a second to import, and most runs have no adapter: dpo_cli.policy.lora is imported where one is asked for.
@@ -48,6 +50,8 @@ class ModelSettings(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
+    def attention(self) -> str: ...
+    @property
     def gradient_checkpointing(self) -> bool: ...
     @property
     def trust_remote_code(self) -> bool: ...
@@ -64,6 +68,7 @@ class LoadedModel:
     """A model that is ready to be scored, with all that must travel with it.
 
     folder: where its weights were read from. adapter: the folder of the SFT adapter that was merged in, or None.
+    attention: how its packed rows are attended to.
     stop_token_ids: every token on which its replies end.
     noise_settings: the config's dropout fields before they were set to zero, put back when the model is exported.
     lora: peft's config of the adapters in training, or None. They start at zero: the model's first log-probs, and so
@@ -75,6 +80,7 @@ class LoadedModel:
     folder: Path
     adapter: Path | None
     dtype: torch.dtype
+    attention: AttentionRoute
     stop_token_ids: frozenset[int]
     noise_settings: dict[str, float]
     lora: LoraConfig | None = None
@@ -82,6 +88,10 @@ class LoadedModel:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    def packed(self) -> PackedModel:
+        """The model as packed rows are scored by."""
+        return PackedModel(self.model, attention=self.attention)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -91,7 +101,7 @@ class LoadedModel:
             "adapter": self.adapter,
             "config": self.model.config.to_dict(),
             "dtype": self.dtype_name,
-            "attention_route": ATTENTION_ROUTE,
+            "attention_route": self.attention.name,
         }
 
 
@@ -219,6 +229,7 @@ def _load(
     config = _read_config(folder, trust_remote_code=trust)
     check_config(config, where=str(folder), max_tokens=max_tokens)
     noise_settings = switch_off_noise(config)
+    attention = choose_attention(settings.attention, config, device=device, dtype=dtype)
     try:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     except ModelError:
@@ -243,6 +254,7 @@ def _load(
         folder=folder,
         adapter=adapter_folder,
         dtype=dtype,
+        attention=attention,
         stop_token_ids=stop_token_ids(tokenizer, model.generation_config),
         noise_settings=noise_settings,
     )

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from dpo_cli.batch.layout import PackedRow, PromptWithResponses, pack
 from dpo_cli.losses.types import Statistic
-from dpo_cli.policy.attention import packing, plan_attention
+from dpo_cli.policy.attention import RowPlan, packing
+from dpo_cli.policy.attention_routes import PLAIN, AttentionRoute
 from dpo_cli.policy.head import LogitTransform, TokenScores, install_scoring_head
 from dpo_cli.policy.scored_rows import spare_unscored_rows
 
@@ -22,13 +23,17 @@ class PackedModel(nn.Module):
 
     model: a `...ForCausalLM` loaded with attn_implementation="packed". Its output head learns to score, and still
         answers plain calls, so the same object generates text.
+    attention: how rows are attended to.
     chunk_tokens: response tokens the head takes at a time (None: chosen by the vocabulary's size).
     """
 
-    def __init__(self, model: PreTrainedModel, *, chunk_tokens: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, attention: AttentionRoute = PLAIN, chunk_tokens: int | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         spare_unscored_rows(model.get_decoder())
+        self.attention = attention
         install_scoring_head(model.get_output_embeddings(), LogitTransform.of(model.config), chunk_tokens=chunk_tokens)
 
     @property
@@ -41,7 +46,7 @@ class PackedModel(nn.Module):
         statistics: what to tell of each token's distribution beside the target's log-prob; each costs a little time.
         """
         row = row.to(self.device)
-        plan = plan_attention(row, self.device)
+        plan = RowPlan(self.attention.plan(row.segments, self.device), row.scored)
         with packing():
             hidden: Tensor = self.model.get_decoder()(
                 input_ids=row.input_ids[None],

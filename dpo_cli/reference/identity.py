@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dpo_cli.policy.load import LoadedModel
 
 _FORMAT = 1
+_ATTENTION_ROUTE = "attention route"
 # A file changed twice within the clock's grain keeps its times; hashes of files this fresh are not remembered.
 _SETTLED_SECONDS = 5.0
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
@@ -56,6 +57,11 @@ class ModelIdentity:
     def short(self) -> str:
         return self.key[:6]
 
+    @property
+    def experiment_key(self) -> str:
+        """The same whichever kernel computes the attention: a run may go on where there is another."""
+        return _digest({name: part for name, part in self.parts.items() if name != _ATTENTION_ROUTE})
+
 
 def identity_of(model: LoadedModel, *, store_dir: Path, ranks: Ranks) -> ModelIdentity:
     """A loaded model's identity, which all ranks ask for together: weights are hashed once, by the main rank."""
@@ -87,9 +93,13 @@ def model_identity(
         "adapter": _adapter_hashes(adapter, cache_dir) if adapter is not None else {},
         "config": json.loads(json.dumps(_numeric_config(config), default=str)),
         "dtype": dtype,
-        "attention route": attention_route,
+        _ATTENTION_ROUTE: attention_route,
     }
-    return ModelIdentity(hashlib.blake2b(json_bytes(parts), digest_size=16).hexdigest(), parts)
+    return ModelIdentity(_digest(parts), parts)
+
+
+def _digest(parts: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json_bytes(parts), digest_size=16).hexdigest()
 
 
 def _numeric_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +190,7 @@ def explain_difference(wanted: Mapping[str, Any], nearest: Mapping[str, Any]) ->
     changes = [f"{key} {there.get(key)!r} -> {here.get(key)!r}" for key in _different_keys(here, there)]
     if changes:
         found.append(f"model config changed: {_first_of(changes)}")
-    for part in ("dtype", "attention route", "format"):
+    for part in ("dtype", _ATTENTION_ROUTE, "format"):
         if wanted.get(part) != nearest.get(part):
             found.append(f"{part} differs: {nearest.get(part)} -> {wanted.get(part)}")
     return found

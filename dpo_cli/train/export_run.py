@@ -41,7 +41,9 @@ def export_run(
             where=str(run_dir / "checkpoints"),
             hint="leave --step out to take the newest" if step is not None else None,
         )
-    policy = load_model(config.model, device=torch.device("cpu"), seed=config.seed)
+    # Nothing is scored here: a kernel that only the GPU of the run has is not missed.
+    settings = config.model.model_copy(update={"attention": "auto"})
+    policy = load_model(settings, device=torch.device("cpu"), seed=config.seed)
     saved = checkpoints.load(checkpoint)[WEIGHTS]
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     check_names(saved, trained)

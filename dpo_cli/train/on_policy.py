@@ -17,7 +17,7 @@ from dpo_cli.data.generator import Selected, Truths
 from dpo_cli.engine.backend import Backend
 from dpo_cli.engine.interface import Engine
 from dpo_cli.policy.load import LoadedModel, load_frozen_start, load_reference
-from dpo_cli.policy.packed_model import PackedModel, score_examples
+from dpo_cli.policy.packed_model import score_examples
 from dpo_cli.reference.spot_check import spot_check, tolerance_per_token
 from dpo_cli.rollout.answers import check_room, pad_id_of, positions_of, with_room
 from dpo_cli.rollout.generate import Sampling, generate
@@ -147,5 +147,5 @@ def _reference_of_samples(
     ) or load_frozen_start(
         config.model, device=backend.device, max_tokens=config.data.max_tokens, reading=backend.reading
     )
-    packed: torch.nn.Module = alive.enter_context(backend.scoring(PackedModel(reference.model), reference.dtype))
+    packed: torch.nn.Module = alive.enter_context(backend.scoring(reference.packed(), reference.dtype))
     return lambda examples: score_examples(packed, examples)

@@ -28,7 +28,6 @@ from dpo_cli.forecast.plan import plan_or_nothing
 from dpo_cli.forecast.report import summary as forecast_summary
 from dpo_cli.policy.export import final_state
 from dpo_cli.policy.load import LoadedModel, load_model, load_reference
-from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.policy.self_test import packed_self_test
 from dpo_cli.reference.identity import identity_of
 from dpo_cli.reference.spot_check import largest_rounding
@@ -115,8 +114,10 @@ class _Run:
         policy = load_model(
             config.model, device=device, seed=config.seed, max_tokens=config.data.max_tokens, reading=backend.reading
         )
-        packed = PackedModel(policy.model)
+        packed = policy.packed()
         say(f"model: {config.model.path}, {_parameter_count(policy.model)} parameters in {policy.dtype_name}")
+        if policy.attention.told is not None:
+            say(f"attention: {policy.attention.told}")
         store = self._check_unchanged(data, policy, device)
         settings = loop_settings(config, len(data.train))
         truths = None if data.generator is None else fitting_truths(data.generator, policy, config, say)
@@ -223,9 +224,8 @@ class _Run:
         """Note what the run's numbers depend on; on resuming, compare. Returns the store of the policy as it starts."""
         identity = identity_of(policy, store_dir=self._store_dir, ranks=self.ranks)
         if self.ranks.is_main:
-            self._compare_with_beginning(
-                {"data": data.digest, "model": identity.key, "environment": environment(device)}
-            )
+            here = environment(device) | {"attention": policy.attention.name}
+            self._compare_with_beginning({"data": data.digest, "model": identity.experiment_key, "environment": here})
         return open_store(self._store_dir, identity)
 
     def _compare_with_beginning(self, here: dict[str, Any]) -> None:
@@ -268,7 +268,7 @@ class _Run:
             return None
         identity = identity_of(reference, store_dir=self._store_dir, ranks=self.ranks)
         store = open_store(self._store_dir, identity)
-        with backend.scoring(PackedModel(reference.model), reference.dtype) as packed:
+        with backend.scoring(reference.packed(), reference.dtype) as packed:
             found = self._references(data, truths, packed, reference.dtype_name, store, settings)
         del packed, reference
         release_memory()

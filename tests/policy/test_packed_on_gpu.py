@@ -10,6 +10,7 @@ from tiny_models import ARCHITECTURES, VOCABULARY, build, examples, plain_logps,
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpo_cli.batch.layout import pack, sum_by_response
+from dpo_cli.policy.attention_routes import PLAIN, AttentionRoute, choose_attention
 from dpo_cli.policy.load import load_model
 from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.policy.self_test import packed_self_test
@@ -18,6 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is false"),
 ]
+GPU = torch.device("cuda")
 NAMES = ["qwen2", "qwen3", "llama", "mistral-sliding", "phi3", "gemma3", "olmo2", "qwen3-moe", "granite", "phi"]
 ROWS = examples(responses=4, count=8)
 
@@ -106,3 +108,81 @@ def test_grouped_queries_run_on_fused_kernels_alone(name: str) -> None:
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     with sdpa_kernel(fused):
         packed(pack(ROWS)).logps.sum().backward()
+
+
+@pytest.fixture(params=["flash", "varlen", "flex"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    if request.param == "flash":
+        pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    return str(request.param)
+
+
+def route(kernel: str, name: str) -> AttentionRoute:
+    return choose_attention(kernel, build(name).config, device=GPU, dtype=torch.bfloat16)
+
+
+WIDE = ["qwen3", "qwen3-moe"]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-sliding", "mistral-sliding", "gemma3", "deepseek-v3", *WIDE])
+def test_every_kernel_is_as_close_to_float32_as_the_plain_route_is(kernel: str, name: str) -> None:
+    if kernel == "flex" and name not in WIDE:
+        pytest.skip("FlexAttention has no heads as narrow as these")
+    row, exact = pack(ROWS), build(name, dtype=torch.bfloat16).float()
+    wanted = PackedModel(exact)(row).logps
+    wanted.sum().backward()
+    largest = {key: p.grad for key, p in exact.named_parameters() if p.grad is not None}
+    errors = {}
+    for way in (PLAIN, route(kernel, name)):
+        model = build(name, dtype=torch.bfloat16).cuda()
+        found = PackedModel(model, attention=way)(row).logps
+        found.sum().backward()
+        of_logps = (found.cpu() - wanted).abs().mean().item()
+        of_gradients = sum(
+            ((p.grad.cpu().float() - largest[key]).norm() / largest[key].norm()).item()
+            for key, p in model.named_parameters()
+            if key in largest and largest[key].norm() > 1e-6
+        )
+        errors[way.name] = (of_logps, of_gradients)
+    plain, other = errors.values()
+    assert other[0] < 1.5 * plain[0] + 0.01
+    assert other[1] < 1.5 * plain[1] + 0.1
+
+
+def test_a_kernel_scores_the_same_row_to_the_same_bits_with_and_without_gradients(kernel: str) -> None:
+    packed = PackedModel(build("qwen3", dtype=torch.bfloat16).cuda(), attention=route(kernel, "qwen3"))
+    row = pack(ROWS)
+    with torch.no_grad():
+        reference = packed(row).logps
+    assert torch.equal(packed(row).logps, reference)
+
+
+def test_a_kernel_works_under_gradient_checkpointing(kernel: str) -> None:
+    model = build("qwen3", dtype=torch.bfloat16).cuda()
+    packed, row, gradients = PackedModel(model, attention=route(kernel, "qwen3")), pack(ROWS), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        packed(row).logps.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-2 * gradients[0].norm()
+
+
+def test_auto_takes_one_call_a_layer_and_says_which() -> None:
+    chosen = choose_attention("auto", build("qwen2").config, device=GPU, dtype=torch.bfloat16)
+    assert chosen.name in ("packed-flash", "packed-varlen", "packed-flex")
+    assert chosen.told is not None and "one call a layer" in chosen.told
+
+
+def test_float32_stays_on_the_plain_route_and_says_why() -> None:
+    chosen = choose_attention("auto", build("qwen2").config, device=GPU, dtype=torch.float32)
+    assert chosen.name == "packed-sdpa"
+    assert chosen.told is not None and "float32" in chosen.told
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_self_test_passes_with_whatever_auto_takes(name: str) -> None:
+    model = build(name, dtype=torch.bfloat16).cuda()
+    chosen = choose_attention("auto", model.config, device=GPU, dtype=torch.bfloat16)
+    packed_self_test(PackedModel(model, attention=chosen), vocabulary=VOCABULARY, where=name)

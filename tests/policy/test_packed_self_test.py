@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCABULARY, build
 
-from dpo_cli.batch.layout import PackedRow
 from dpo_cli.errors import ModelError
-from dpo_cli.policy import packed_model
 from dpo_cli.policy.attention import plan_attention
+from dpo_cli.policy.attention_routes import PLAIN, AttentionRoute
 from dpo_cli.policy.head import LogitTransform
 from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.policy.self_test import SelfTest, packed_self_test
 
 
-def run(model: Any) -> SelfTest:
-    return packed_self_test(PackedModel(model), vocabulary=VOCABULARY, where="folder")
+def run(model: Any, attention: AttentionRoute = PLAIN) -> SelfTest:
+    return packed_self_test(PackedModel(model, attention=attention), vocabulary=VOCABULARY, where="folder")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,14 +60,12 @@ class TestStops:
         with pytest.raises(ModelError, match="score GraniteForCausalLM wrongly"):
             run(build("granite", dtype=dtype))
 
-    def test_responses_that_see_each_other(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-        def leaky(row: PackedRow, device: torch.device) -> Any:
-            segments = tuple(segment._replace(prefix_end=segment.query_start) for segment in row.segments)
-            return plan_attention(replace(row, segments=segments), device)
+    def test_responses_that_see_each_other(self, dtype: torch.dtype) -> None:
+        def leaky(segments: Any, device: torch.device) -> Any:
+            return plan_attention([segment._replace(prefix_end=segment.query_start) for segment in segments], device)
 
-        monkeypatch.setattr(packed_model, "plan_attention", leaky)
         with pytest.raises(ModelError, match="wrongly"):
-            run(build("qwen2", dtype=dtype))
+            run(build("qwen2", dtype=dtype), AttentionRoute("leaky", leaky))
 
     def test_log_probs_that_are_not_numbers(self, dtype: torch.dtype) -> None:
         model = build("qwen2", dtype=dtype)

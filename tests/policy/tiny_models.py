@@ -160,7 +160,8 @@ def save(
 def settings(path: Path | str, **changes: Any) -> ModelConfig:
     """The `model` group of a config, with what is not named as shipped."""
     group: dict[str, Any] = {
-        "path": str(path), "revision": None, "dtype": "float32", "gradient_checkpointing": False,
+        "path": str(path), "revision": None, "dtype": "float32", "attention": "auto",
+        "gradient_checkpointing": False,
         "trust_remote_code": False, "adapter": None, "reference": None, "reference_sync_steps": None, "lora": None,
     }  # fmt: skip
     return ModelConfig.model_validate({**group, **changes})
