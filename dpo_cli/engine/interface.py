@@ -112,8 +112,9 @@ class Engine(Protocol):
 
 def sums_over_ranks(ranks: Ranks, loss: Tensor, beside: Sequence[float]) -> Tensor:
     """(1 + len(beside),) float64: the loss and what travels with it, summed in one exchange."""
-    mine = loss.detach().double()[None]
-    return ranks.sum(torch.cat((mine, mine.new_tensor(beside))))
+    mine = loss.detach().double()
+    # Filled on the device: numbers that are copied there would make the host wait.
+    return ranks.sum(torch.stack([mine, *(torch.full_like(mine, value) for value in beside)]))
 
 
 def optimizer_for(

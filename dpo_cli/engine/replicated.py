@@ -55,8 +55,8 @@ class ReplicatedEngine:
             parameter = self._parameters[name]
             if parameter is master or parameter.grad is None:
                 continue
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            # Added as it is: the sum is float32, and a widened copy of an embedding's gradient is a large one.
+            master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
             parameter.grad = None
 
     def step(self, learning_rate: float, loss: Tensor, beside: Sequence[float] = ()) -> StepResult:

@@ -78,7 +78,6 @@ def pdpo_loss(
 
 def _mean_of_others(rewards: Tensor, prompt: Tensor) -> Tensor:
     """(samples,) the mean reward of the other samples of each one's prompt; its own where there is no other."""
-    prompts = int(prompt.max()) + 1 if len(prompt) else 0
-    sums = torch.zeros(prompts, dtype=rewards.dtype, device=rewards.device).index_add(0, prompt, rewards)
-    counts = torch.bincount(prompt, minlength=prompts)[prompt]
-    return torch.where(counts > 1, (sums[prompt] - rewards) / (counts - 1).clamp(min=1), rewards)
+    same = (prompt[:, None] == prompt).to(rewards.dtype)
+    others = same.sum(1) - 1
+    return torch.where(others > 0, (same @ rewards - rewards) / others.clamp(min=1), rewards)

@@ -50,6 +50,8 @@ class PackedModel(nn.Module):
         with packing():
             hidden: Tensor = self.model.get_decoder()(
                 input_ids=row.input_ids[None],
+                # Without one, transformers would look whether positions restart, and the host would wait for that.
+                attention_mask=torch.ones_like(row.input_ids[None], dtype=torch.bool),
                 position_ids=row.position_ids[None],
                 use_cache=False,
                 segments=plan,

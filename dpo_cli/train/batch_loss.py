@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_cli.batch.layout import PackedRow, pack, sum_by_response, tokens_by_response
+from dpo_cli.batch.transfer import to_device
 from dpo_cli.data.example import Example
 from dpo_cli.engine.interface import Engine
 from dpo_cli.engine.ranks import Ranks, SoleRank, sum_floats
@@ -110,7 +111,7 @@ class BatchLoss:
                 total += values.values.sum()
                 normaliser += self.objective.normaliser(examples)
                 self.objective.record(metrics, values, logps, examples)
-        total_value, normaliser = sum_floats(self.ranks, float(total), normaliser, device=self.device)
+        total_value, normaliser = sum_floats(self.ranks, float(total), normaliser)
         return {"loss": total_value / normaliser, **metrics.over_ranks(self.ranks).means()}
 
     @torch.no_grad()
@@ -127,7 +128,7 @@ class BatchLoss:
                 normaliser = self.objective.normaliser(examples)
                 loss = float(self.objective(logps, examples).values.sum())
                 expected = float(self.objective(replace(logps, reference=logps.policy), examples).values.sum())
-        loss, expected, normaliser = sum_floats(self.ranks, loss, expected, normaliser, device=self.device)
+        loss, expected, normaliser = sum_floats(self.ranks, loss, expected, normaliser)
         differences = self.ranks.gather(difference)
         # A NaN must not be passed over, as max() may.
         worst = float("nan") if any(map(math.isnan, differences)) else max(differences)
@@ -169,7 +170,7 @@ class BatchLoss:
         if counts is not None and self.objective.declaration.normaliser == "pairs":
             return counts
         mine = self.objective.normaliser(_examples(micros)), float(sum(_samples(micro) for micro in micros))
-        return Normalisers(*sum_floats(self.ranks, *mine, device=self.device))
+        return Normalisers(*sum_floats(self.ranks, *mine))
 
     def _share(
         self, logps: ResponseLogps, micro: MicroBatch, by: Normalisers, metrics: MetricSums, *, step: int
@@ -292,7 +293,7 @@ def _of_first_responses(row: PackedRow) -> Tensor:
     counts = torch.tensor(row.responses_per_example)
     first = torch.zeros(row.responses, dtype=torch.bool)
     first[counts.cumsum(0) - counts] = True
-    return first.to(row.response_of_token.device, non_blocking=True)[row.response_of_token]
+    return to_device(first, row.response_of_token.device)[row.response_of_token]
 
 
 def _groups(count: int, size: int) -> Iterator[range]:

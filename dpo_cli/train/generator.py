@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dpo_cli.batch.order import cycled_batch
 from dpo_cli.batch.plan import shares
+from dpo_cli.batch.transfer import to_device
 from dpo_cli.data.example import Example, Examples, IntArray
 from dpo_cli.engine.interface import SavedTensor
 from dpo_cli.engine.ranks import Ranks
@@ -218,7 +219,7 @@ class Generator:
         drawn_at = [answer.drawn_at for answer in answers for _ in answer.samples]
 
         def add(name: str, values: Sequence[float]) -> None:
-            metrics.add(name, torch.tensor(values, dtype=torch.float64, device=self.device))
+            metrics.add(name, to_device(torch.tensor(values, dtype=torch.float64), self.device))
 
         add("generator/length", [len(sample) for sample in samples])
         add("generator/eos_rate", [float(self._ended(sample)) for sample in samples])

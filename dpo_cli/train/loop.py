@@ -120,7 +120,8 @@ class Training:
                 progress.window.merge(outcome.metrics)
                 progress.window.merge(written.metrics)
                 if self.ranks.is_main:
-                    progress.window.add("loss", torch.tensor(result.loss, device=self.loss.device))
+                    # Filled where it is: a number that is copied there would make the host wait.
+                    progress.window.add("loss", torch.full((), result.loss, device=self.loss.device))
                 clock.step_done(tokens)
                 stopping = stops > 0 and self.stop.agreed(self.ranks)
                 last = progress.step == settings.total_steps

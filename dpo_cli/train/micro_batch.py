@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_cli.batch.plan import shares
+from dpo_cli.batch.transfer import to_device
 from dpo_cli.data.example import Example, Examples
 from dpo_cli.engine.ranks import Ranks
 from dpo_cli.reference.sums import ReferenceSums
@@ -55,7 +56,7 @@ class MicroBatch:
         """The reference sums of (the first) responses, (N,), example after example."""
         if self.references is None:
             return None
-        return torch.from_numpy(np.concatenate([sums[:first_responses] for sums in self.references])).to(device)
+        return to_device(torch.from_numpy(np.concatenate([sums[:first_responses] for sums in self.references])), device)
 
     def alone(self) -> list[MicroBatch]:
         """Every example as a micro-batch of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_cli.batch.transfer import to_device
 from dpo_cli.data.example import Example
 from dpo_cli.losses.types import (
     Declaration,
@@ -130,7 +132,7 @@ class Objective:
                 policy=policy[0::2],
                 reference=None if reference is None else reference[0::2],
                 tokens=tokens[0::2],
-                desirable=torch.tensor([bool(example.desirable) for example in examples], device=policy.device),
+                desirable=_desirable(examples, policy.device),
                 kl_policy=policy[1::2],
                 kl_reference=None if reference is None else reference[1::2],
                 statistics=_each(logps.statistics, lambda x: x[0::2]),
@@ -151,14 +153,14 @@ class Objective:
             sums.add(name, part)
         kind, policy, rewards = self.declaration.kind, logps.policy, values.rewards
         if kind == "unpaired":
-            desirable = torch.tensor([bool(example.desirable) for example in examples], device=policy.device)
+            desirable = _desirable(examples, policy.device)
             for side, where in (("chosen", desirable), ("rejected", ~desirable)):
                 if isinstance(rewards, Tensor):
                     sums.add(f"rewards/{side}", rewards, where)
                 sums.add(f"logps/{side}", policy[0::2], where)
             return
         starts = _starts(logps.per_example, policy.device)
-        lasts = starts + torch.tensor(logps.per_example, device=policy.device) - 1
+        lasts = starts + to_device(torch.tensor(logps.per_example), policy.device) - 1
         if isinstance(rewards, Tensor) and rewards.ndim == 2:
             rewards = (rewards[:, 0], rewards.gather(1, (lasts - starts)[:, None])[:, 0])
         if isinstance(rewards, tuple):
@@ -171,14 +173,18 @@ class Objective:
         sums.add("logps/rejected", policy[lasts], where=lasts > starts)
 
 
+def _desirable(examples: Sequence[Example], device: torch.device) -> Tensor:
+    return to_device(torch.tensor([bool(example.desirable) for example in examples]), device)
+
+
 def _starts(per_example: Sequence[int], device: torch.device) -> Tensor:
-    counts = torch.tensor(per_example, device=device)
-    return counts.cumsum(0) - counts
+    counts = torch.tensor(per_example)
+    return to_device(counts.cumsum(0) - counts, device)
 
 
 def _ranked(logps: ResponseLogps) -> RankedLogps:
-    counts = torch.tensor(logps.per_example, device=logps.policy.device)
-    places = torch.arange(int(counts.max()), device=counts.device)
+    counts = to_device(torch.tensor(logps.per_example), logps.policy.device)
+    places = torch.arange(max(logps.per_example), device=counts.device)
     present = places < counts[:, None]
     flat = (_starts(logps.per_example, counts.device)[:, None] + places).clamp(max=len(logps.policy) - 1)
     return RankedLogps(
@@ -192,22 +198,22 @@ def _ranked(logps: ResponseLogps) -> RankedLogps:
 
 def _samples(logps: ResponseLogps, examples: Sequence[Example], step: int) -> SampleLogps:
     """A sample that equals its truth, token for token, is compared with itself: rounding decides nothing then."""
-    device, starts = logps.policy.device, _starts(logps.per_example, logps.policy.device)
-    samples, truths, prompts = [], [], []
-    for prompt, (example, start) in enumerate(zip(examples, starts.tolist(), strict=True)):
+    device, samples, truths, prompts = logps.policy.device, [], [], []
+    starts = itertools.accumulate(logps.per_example[:-1], initial=0)
+    for prompt, (example, start) in enumerate(zip(examples, starts, strict=True)):
         truth, *drawn = example.responses
         for number, response in enumerate(drawn, start=1):
             samples.append(start + number)
             truths.append(start + number if np.array_equal(response, truth) else start)
             prompts.append(prompt)
-    where, compared = torch.tensor(samples, device=device), torch.tensor(truths, device=device)
+    where, compared = to_device(torch.tensor(samples), device), to_device(torch.tensor(truths), device)
     return SampleLogps(
         policy=logps.policy[where],
         reference=None if logps.reference is None else logps.reference[where],
         tokens=logps.tokens[where],
         truth_policy=logps.policy.detach()[compared],
         truth_reference=None if logps.reference is None else logps.reference[compared],
-        prompt=torch.tensor(prompts, device=device),
+        prompt=to_device(torch.tensor(prompts), device),
         step=step,
     )
 

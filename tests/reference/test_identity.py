@@ -69,6 +69,12 @@ def test_a_copy_of_the_model_with_other_notes_in_its_config_is_the_same(identify
     assert identify().key == identify(folder=copied, config=CONFIG | notes | {"attention_dropout": 0.1}).key
 
 
+def test_a_run_may_go_on_with_another_kernel_but_not_with_another_model(identify: Identify) -> None:
+    began = identify().experiment_key
+    assert identify(attention_route="flash").experiment_key == began
+    assert identify(dtype="bfloat16").experiment_key != began
+
+
 @pytest.mark.parametrize(
     "change",
     [
