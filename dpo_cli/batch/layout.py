@@ -11,11 +11,12 @@ by the last position of the prompt. The last token of a response predicts nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -138,6 +139,20 @@ def pack(examples: Sequence[PromptWithResponses], *, first_responses: int | None
         response_of_token=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         token_weights=torch.from_numpy(np.concatenate(weights)) if weighted else None,
         responses_per_example=tuple(counts),
+    )
+
+
+def padded(row: PackedRow, multiple: int) -> PackedRow:
+    """The row with as many tokens more as make a multiple; they see one another and are seen by nothing that counts."""
+    tokens = len(row.input_ids)
+    missing = -tokens % multiple
+    if not missing:
+        return row
+    return replace(
+        row,
+        input_ids=F.pad(row.input_ids, (0, missing)),
+        position_ids=torch.cat((row.position_ids, torch.arange(missing, device=row.position_ids.device))),
+        segments=(*row.segments, Segment(tokens, tokens + missing, tokens, tokens)),
     )
 
 

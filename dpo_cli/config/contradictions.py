@@ -111,6 +111,19 @@ def float16_needs_loss_scaling(values: Values) -> ConfigError | None:
     )
 
 
+def checkpoints_are_taken(values: Values) -> ConfigError | None:
+    if values["model.gradient_checkpointing"]:
+        return None
+    for key, off in (("model.checkpoint_every", 1), ("model.offload_checkpoints", False)):
+        if values[key] != off:
+            return ConfigError(
+                f"{key} says how checkpoints are taken, and model.gradient_checkpointing is off.",
+                where=key,
+                hint="model.gradient_checkpointing=true",
+            )
+    return None
+
+
 def workers_need_deepspeed(values: Values) -> ConfigError | None:
     workers = values["hardware.num_workers"]
     if values["hardware.zero_stage"] is not None or workers in (None, 1):
@@ -300,6 +313,10 @@ CHECKS: tuple[Check, ...] = (
     (divergence_has_a_reference, ("loss.f_divergence", "loss.reference_free")),
     (template_has_fields, ("data.prompt_template",)),
     (float16_needs_loss_scaling, ("model.dtype", "hardware.zero_stage")),
+    (
+        checkpoints_are_taken,
+        ("model.gradient_checkpointing", "model.checkpoint_every", "model.offload_checkpoints"),
+    ),
     (workers_need_deepspeed, ("hardware.num_workers", "hardware.zero_stage")),
     (offloading_needs_its_stage, ("hardware.offload_optimizer", "hardware.offload_parameters", "hardware.zero_stage")),
     (nvme_has_a_place, ("hardware.offload_optimizer", "hardware.offload_parameters", "hardware.nvme_path")),

@@ -32,6 +32,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     attention: Literal["auto", "flash", "varlen", "flex", "sdpa"]
     gradient_checkpointing: bool
+    checkpoint_every: Count
+    offload_checkpoints: bool
+    pad_rows_to: Count
     trust_remote_code: bool
     adapter: Name | None
     reference: Name | None

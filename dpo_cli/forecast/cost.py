@@ -90,7 +90,8 @@ def work_of(shape: ModelShape, layout: Layout, batch: Batch) -> Work:
     # So many positions' softmaxes are kept in each micro-batch instead of being computed again.
     kept = min(batch.scored, micro_batches * layout.workers * CHUNK_BYTES // (4 * shape.vocabulary))
     again = 1 - kept / batch.scored
-    flops = (1 + backwards + layout.gradient_checkpointing) * layers + (1 + backwards + again) * head
+    repeated = layout.checkpointed(shape.layers) / shape.layers
+    flops = (1 + backwards + repeated) * layers + (1 + backwards + again) * head
     return Work(batch.tokens, flops, micro_batches)
 
 

@@ -37,6 +37,7 @@ class Layout:
     bytes_per_weight: of the weights that compute: 4 for float32, 2 for half precision.
     tokens: of one packed row, at most; longest: of a prompt with one response, data.max_tokens.
     on_gpu: there the driver takes its share, and grouped keys are repeated for every head under a mask.
+    checkpoint_every, offload_checkpoints: with gradient_checkpointing, of so many layers one, and in host memory.
     momentum: of RMSprop.
     reduce_bucket, prefetch_bucket, live_parameters, sub_group: DeepSpeed's bounds on what is exchanged, gathered and
         updated at once, in elements. reduce_bucket None: what the engine asks for.
@@ -51,6 +52,8 @@ class Layout:
     offload_optimizer: Place = "none"
     offload_parameters: Place = "none"
     gradient_checkpointing: bool = False
+    checkpoint_every: int = 1
+    offload_checkpoints: bool = False
     lora: LoraLayout | None = None
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     momentum: bool = False
@@ -65,6 +68,14 @@ class Layout:
     @property
     def half(self) -> bool:
         return self.bytes_per_weight == 2
+
+    def checkpointed(self, layers: int) -> int:
+        """How many of so many layers are computed again in the backward pass."""
+        return -(-layers // self.checkpoint_every) if self.gradient_checkpointing else 0
+
+    def keeps_last(self, layers: int) -> bool:
+        """Whether the last of so many layers keeps its activations: the first of every `checkpoint_every` does not."""
+        return not self.gradient_checkpointing or (layers - 1) % self.checkpoint_every > 0
 
     def share(self, stage: int) -> int:
         """Among how many workers something is divided that ZeRO divides from this stage on."""

@@ -89,6 +89,8 @@ def forecast_memory(shape: ModelShape, layout: Layout, row: Row | None = None) -
     """row: what goes through the model at once; by default a full one of pairs as long as they may be."""
     row = row or Row.of_pairs(layout.tokens, layout.longest)
     stays, host, nvme = _what_stays(shape, layout)
+    if layout.offload_checkpoints and layout.on_gpu:
+        host += _checkpoints(shape, layout, row) * layout.workers
     moments = _moments(shape, layout, row)
     if layout.sampling is not None:
         moments += (_sampling_moment(shape, layout, layout.sampling, stays),)
@@ -138,11 +140,10 @@ def _moments(shape: ModelShape, layout: Layout, row: Row) -> tuple[Moment, ...]:
     whole = layout.lora is None
     layer, attention = _layer_activations(shape, layout, row)
     outer = _outer_activations(shape, layout, row)
-    if layout.gradient_checkpointing:
-        kept = {ACTIVATIONS: shape.layers * width * shape.hidden * row.tokens + outer, ATTENTION: 0}
-    else:
-        kept = {ACTIVATIONS: shape.layers * layer - _spared(shape, layout, row) + outer}
-        kept[ATTENTION] = shape.layers * attention
+    whole_layers = shape.layers - layout.checkpointed(shape.layers)
+    checkpoints = 0 if layout.offload_checkpoints and layout.on_gpu else _checkpoints(shape, layout, row)
+    spared = _spared(shape, layout, row) if layout.keeps_last(shape.layers) else 0
+    kept = {ACTIVATIONS: whole_layers * layer - spared + checkpoints + outer, ATTENTION: whole_layers * attention}
     whole_weights = {PARAMETERS: partition.gathered(shape, layout)}
     kept |= whole_weights
     chunk, head_gradient, embedding = _head(shape, layout, row), 0, shape.embedding_parameters
@@ -198,6 +199,11 @@ def _moments(shape: ModelShape, layout: Layout, row: Row) -> tuple[Moment, ...]:
         Moment("the reduction of gradients", {**reducing, BUCKETS: collecting + exchange}),
         Moment("the optimiser's step", {FLIGHT: partition.step(shape, layout, trained)}),
     )
+
+
+def _checkpoints(shape: ModelShape, layout: Layout, row: Row) -> int:
+    """The inputs of the layers that are computed again."""
+    return layout.checkpointed(shape.layers) * layout.bytes_per_weight * shape.hidden * row.tokens
 
 
 def _sampling_moment(shape: ModelShape, layout: Layout, sampling: SamplingLayout, stays: dict[str, int]) -> Moment:

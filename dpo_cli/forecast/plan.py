@@ -127,6 +127,8 @@ def layout_of(config: Config, machine: Machine, *, workers: int) -> Layout:
         longest=config.data.max_tokens,
         bytes_per_weight=2 if half else 4,
         gradient_checkpointing=model.gradient_checkpointing,
+        checkpoint_every=model.checkpoint_every,
+        offload_checkpoints=model.offload_checkpoints,
         lora=None
         if lora is None
         else LoraLayout(lora.rank, targets if isinstance(targets, str) else tuple(targets or ())),

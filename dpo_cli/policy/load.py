@@ -54,6 +54,12 @@ class ModelSettings(Protocol):
     @property
     def gradient_checkpointing(self) -> bool: ...
     @property
+    def checkpoint_every(self) -> int: ...
+    @property
+    def offload_checkpoints(self) -> bool: ...
+    @property
+    def pad_rows_to(self) -> int: ...
+    @property
     def trust_remote_code(self) -> bool: ...
     @property
     def adapter(self) -> str | None: ...
@@ -68,7 +74,7 @@ class LoadedModel:
     """A model that is ready to be scored, with all that must travel with it.
 
     folder: where its weights were read from. adapter: the folder of the SFT adapter that was merged in, or None.
-    attention: how its packed rows are attended to.
+    attention: how its packed rows are attended to. pad_rows_to: a multiple of so many tokens.
     stop_token_ids: every token on which its replies end.
     noise_settings: the config's dropout fields before they were set to zero, put back when the model is exported.
     lora: peft's config of the adapters in training, or None. They start at zero: the model's first log-probs, and so
@@ -81,6 +87,7 @@ class LoadedModel:
     adapter: Path | None
     dtype: torch.dtype
     attention: AttentionRoute
+    pad_rows_to: int
     stop_token_ids: frozenset[int]
     noise_settings: dict[str, float]
     lora: LoraConfig | None = None
@@ -91,7 +98,7 @@ class LoadedModel:
 
     def packed(self) -> PackedModel:
         """The model as packed rows are scored by."""
-        return PackedModel(self.model, attention=self.attention)
+        return PackedModel(self.model, attention=self.attention, pad_rows_to=self.pad_rows_to)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -135,7 +142,12 @@ def load_model(
         config = add_lora(loaded.model, settings.lora, seed=seed, base_name=settings.path)
         loaded = replace(loaded, lora=config)
     if settings.gradient_checkpointing:
-        _enable_checkpointing(loaded.model)
+        _enable_checkpointing(
+            loaded.model,
+            every=settings.checkpoint_every,
+            # Beside a CPU they are on the host already.
+            offload=settings.offload_checkpoints and device.type == "cuda",
+        )
     loaded.model.train()
     return loaded
 
@@ -255,6 +267,7 @@ def _load(
         adapter=adapter_folder,
         dtype=dtype,
         attention=attention,
+        pad_rows_to=settings.pad_rows_to,
         stop_token_ids=stop_token_ids(tokenizer, model.generation_config),
         noise_settings=noise_settings,
     )
@@ -325,14 +338,23 @@ def _check_complete(report: dict[str, Any], folder: Path) -> None:
         raise ModelError(f"The model cannot be loaded: {report['error_msgs'][0]}", where=str(folder))
 
 
-def _enable_checkpointing(model: PreTrainedModel) -> None:
+def _enable_checkpointing(model: PreTrainedModel, *, every: int, offload: bool) -> None:
     if not model.supports_gradient_checkpointing:
         raise ModelError(
             f"{type(model).__name__} has no gradient checkpointing.",
             where="model.gradient_checkpointing",
             hint="model.gradient_checkpointing=false",
         )
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    how: dict[str, Any] = {"every_n_layers": every} if every > 1 else {}
+    how |= {"offload": True} if offload else {}
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False}, **how)
+    except TypeError as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot checkpoint in that way with this version of transformers: {error}",
+            where="model.checkpoint_every, model.offload_checkpoints",
+            hint="leave them out, or pip install -U transformers",
+        ) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_cli.batch.layout import PackedRow, PromptWithResponses, pack
+from dpo_cli.batch.layout import PackedRow, PromptWithResponses, pack, padded
 from dpo_cli.losses.types import Statistic
 from dpo_cli.policy.attention import RowPlan, packing
 from dpo_cli.policy.attention_routes import PLAIN, AttentionRoute
@@ -24,16 +24,23 @@ class PackedModel(nn.Module):
     model: a `...ForCausalLM` loaded with attn_implementation="packed". Its output head learns to score, and still
         answers plain calls, so the same object generates text.
     attention: how rows are attended to.
+    pad_rows_to: rows are padded to a multiple of so many tokens.
     chunk_tokens: response tokens the head takes at a time (None: chosen by the vocabulary's size).
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, attention: AttentionRoute = PLAIN, chunk_tokens: int | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        attention: AttentionRoute = PLAIN,
+        pad_rows_to: int = 1,
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         spare_unscored_rows(model.get_decoder())
         self.attention = attention
+        self.pad_rows_to = pad_rows_to
         install_scoring_head(model.get_output_embeddings(), LogitTransform.of(model.config), chunk_tokens=chunk_tokens)
 
     @property
@@ -45,7 +52,7 @@ class PackedModel(nn.Module):
 
         statistics: what to tell of each token's distribution beside the target's log-prob; each costs a little time.
         """
-        row = row.to(self.device)
+        row = padded(row, self.pad_rows_to).to(self.device)
         plan = RowPlan(self.attention.plan(row.segments, self.device), row.scored)
         with packing():
             hidden: Tensor = self.model.get_decoder()(

@@ -97,6 +97,8 @@ CASES = {
         [REAL, "loss.reference_free=true", "model.reference=org/other"],
         ["leaves the reference out", "org/other"],
     ),
+    "checkpoints": ([REAL, "model.checkpoint_every=2"], ["gradient_checkpointing is off", "=true"]),
+    "attention": ([REAL, "model.attention=flesh"], ["model.attention", "flash"]),
     "float16": ([REAL, "model.dtype=float16"], ["overflow", "model.dtype=bfloat16"]),
     "template without a column": ([REAL, "data.prompt_template=Question:"], ["names no column"]),
     "held out twice": (

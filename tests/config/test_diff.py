@@ -31,7 +31,7 @@ def test_a_diff_names_every_leaf_that_differs() -> None:
         "log_every=1", "eval_every=0", "save_every=7", "keep_checkpoints=9", "logger=[]", "run_dir=moved",
         "store_dir=s",
         "tokens_per_microbatch=4096", "hardware.device=cpu", "model.gradient_checkpointing=true", "data.workers=3",
-        "model.attention=sdpa",
+        "model.attention=sdpa", "model.pad_rows_to=64",
         "optimizer.schedule=linear",
     ],
 )  # fmt: skip

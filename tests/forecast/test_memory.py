@@ -221,6 +221,17 @@ def test_checkpointing_more_workers_and_higher_stages_never_need_more() -> None:
     assert stages == sorted(stages, reverse=True)
 
 
+def test_fewer_checkpointed_layers_need_more_and_checkpoints_on_the_host_are_counted_there() -> None:
+    whole = replace(ONE_GPU, gradient_checkpointing=True)
+    totals = [forecast_memory(LARGE, replace(whole, checkpoint_every=every)).total for every in (1, 2, 4, 28)]
+    assert totals == sorted(totals)
+    assert totals[-1] < forecast_memory(LARGE, ONE_GPU).total
+    work = [forecast_step(LARGE, replace(whole, checkpoint_every=every), global_pairs=1).flops for every in (1, 2)]
+    assert work[1] == pytest.approx(work[0] * 3.5 / 4)
+    here, there = (forecast_memory(LARGE, replace(whole, offload_checkpoints=wanted)) for wanted in (False, True))
+    assert there.host - here.host == here.at_most(ACTIVATIONS) - there.at_most(ACTIVATIONS) > 0
+
+
 def test_a_peak_is_what_stays_and_its_moment() -> None:
     memory = forecast_memory(LARGE, ONE_GPU)
     assert memory.total == sum(memory.stays.values()) + max(moment.bytes for moment in memory.moments)

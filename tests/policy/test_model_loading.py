@@ -73,6 +73,31 @@ def test_gradient_checkpointing_is_switched_on_as_asked(tmp_path: Path) -> None:
         assert loaded.model.is_activation_checkpointing is wanted
 
 
+@pytest.mark.parametrize(("every", "computed_again"), [(1, [0, 1, 2]), (2, [0, 2]), (3, [0])])
+@pytest.mark.parametrize("offload", [False, True])
+def test_of_so_many_layers_one_is_computed_again_and_no_number_changes(
+    tmp_path: Path, every: int, computed_again: list[int], offload: bool
+) -> None:
+    save(tmp_path)
+    gradients = []
+    for chosen in (
+        settings(tmp_path),
+        settings(tmp_path, gradient_checkpointing=True, checkpoint_every=every, offload_checkpoints=offload),
+    ):
+        loaded = load_model(chosen, device=CPU, seed=0)
+        calls = [0, 0, 0]
+        for number, layer in enumerate(loaded.model.model.layers):
+
+            def count(*_: object, number: int = number, calls: list[int] = calls) -> None:
+                calls[number] += 1
+
+            layer.mlp.register_forward_pre_hook(count)
+        loaded.packed()(pack(examples(responses=2))).logps.sum().backward()
+        gradients.append([p.grad for p in loaded.model.parameters() if p.grad is not None])
+    assert calls == [2 if number in computed_again else 1 for number in range(3)]
+    assert all(map(torch.equal, *gradients))
+
+
 def edit(file: Path, **fields: object) -> None:
     content = json.loads(file.read_text())
     content.update(fields)

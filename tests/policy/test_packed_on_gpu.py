@@ -87,6 +87,18 @@ def test_a_model_is_loaded_onto_the_gpu_in_bf16_by_default(tmp_path: Path) -> No
     assert loaded.dtype == torch.bfloat16
 
 
+def test_checkpoints_in_host_memory_change_no_gradient(tmp_path: Path) -> None:
+    gradients = []
+    for offload in (False, True):
+        chosen = settings(
+            save(tmp_path / str(offload)), dtype="float32", gradient_checkpointing=True, offload_checkpoints=offload
+        )
+        loaded = load_model(chosen, device=GPU, seed=0)
+        loaded.packed()(pack(ROWS)).logps.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in loaded.model.parameters() if p.grad is not None]))
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-4 * gradients[0].abs().max()
+
+
 def test_gradient_checkpointing_with_lora_trains_on_the_gpu(tmp_path: Path) -> None:
     chosen = settings(
         save(tmp_path),

@@ -161,7 +161,7 @@ def settings(path: Path | str, **changes: Any) -> ModelConfig:
     """The `model` group of a config, with what is not named as shipped."""
     group: dict[str, Any] = {
         "path": str(path), "revision": None, "dtype": "float32", "attention": "auto",
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": False, "checkpoint_every": 1, "offload_checkpoints": False, "pad_rows_to": 1,
         "trust_remote_code": False, "adapter": None, "reference": None, "reference_sync_steps": None, "lora": None,
     }  # fmt: skip
     return ModelConfig.model_validate({**group, **changes})

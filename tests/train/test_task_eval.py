@@ -93,6 +93,7 @@ def settings(problems: Path, **others: Any) -> Any:
 def test_the_embedded_model_solves_its_problems_in_parts_as_in_whole(tmp_path: Path) -> None:
     model: Any = SimpleNamespace(
         path="dpo_cli://example/base", revision=None, dtype="float32", attention="auto", gradient_checkpointing=False,
+        checkpoint_every=1, offload_checkpoints=False, pad_rows_to=1,
         trust_remote_code=False, adapter=None, reference=None, lora=None,
     )  # fmt: skip
     policy = load_model(model, device=torch.device("cpu"), seed=0)
