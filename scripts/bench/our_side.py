@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from case_model import model_of
+from case_model import model_of, rounded, with_same_adapters
 from step_cases import Pair, StepCase
 
 from dpo_cli.batch.plan import microbatches
+from dpo_cli.config.schema import LoraConfig
 from dpo_cli.data.example import Example
 from dpo_cli.engine.interface import OptimizerSettings
 from dpo_cli.engine.ranks import SoleRank
 from dpo_cli.engine.replicated import ReplicatedEngine
 from dpo_cli.losses.dpo import dpo_loss
+from dpo_cli.policy.attention_routes import choose_attention
 from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.reference.sums import ReferenceSums
 from dpo_cli.train.batch_loss import BatchLoss
@@ -28,9 +30,13 @@ from dpo_cli.train.objective import Objective
 
 @dataclass
 class OurTraining:
-    """What `dpo-train` has after its start. batches: (steps, global_pairs) pairs of each step."""
+    """What `dpo-train` has after its start. batches: (steps, global_pairs) pairs of each step.
+
+    attention: the kernel it chose, in words; None where there was nothing to choose.
+    """
 
     engine: Any
+    attention: str | None
     batches: Any
     take_step: Callable[[Any], float]
 
@@ -46,14 +52,22 @@ def our_training(case: StepCase, pairs: list[Pair]) -> OurTraining:
     while any(len(microbatches(examples.sizes[b].tolist(), tokens_per_microbatch=budget)) > wanted for b in batches):
         budget += 16
 
+    device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     model = packed_model_of(case)
+    if case.lora_rank:
+        from dpo_cli.policy.lora import add_lora
+
+        lora = LoraConfig(rank=case.lora_rank, alpha=float(case.lora_rank), target_modules="all-linear", merge=True)
+        add_lora(model, lora, seed=0, base_name="random weights")
+        with_same_adapters(model)
     if case.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    packed = PackedModel(model)
+    route = choose_attention(case.attention, model.config, device=device, dtype=dtype)
+    packed = PackedModel(model, attention=route)
     settings = OptimizerSettings("adamw", weight_decay=0.0, max_grad_norm=1.0)
     engine = ReplicatedEngine(packed, model, settings)
     objective = Objective.of(functools.partial(dpo_loss, beta=case.beta))
-    loss, data = BatchLoss(packed, objective, torch.device("cpu")), PreferenceData(examples, reference)
+    loss, data = BatchLoss(packed, objective, device), PreferenceData(examples, reference)
 
     def take_step(batch: Any) -> float:
         micros = data.microbatches(batch, tokens_per_microbatch=budget, ranks=SoleRank())
@@ -64,7 +78,7 @@ def our_training(case: StepCase, pairs: list[Pair]) -> OurTraining:
         window.means()
         return result.loss
 
-    return OurTraining(engine, batches, take_step)
+    return OurTraining(engine, route.told, batches, take_step)
 
 
 def examples_of(pairs: list[Pair]) -> Any:
@@ -82,4 +96,4 @@ def examples_of(pairs: list[Pair]) -> Any:
 
 
 def packed_model_of(case: StepCase) -> Any:
-    return model_of(case, "packed").to(getattr(torch, case.dtype))
+    return rounded(model_of(case, "packed"), getattr(torch, case.dtype))

@@ -2,10 +2,12 @@
 
     python scripts/bench/step.py --real-data DIR --write       all cases; the table goes into docs/performance.md
     python scripts/bench/step.py --case prompt-heavy           one case
+    python scripts/bench/step.py --device cuda --json gpu.json --write      the same on a GPU: its own cases and table
     python scripts/bench/step.py --quick                       that it runs, in a minute; its figures mean nothing
 
 Every side of every case and repeat is a fresh process; sides alternate. The losses of the first steps must agree.
---json keeps all figures; a later run with the same file goes on from there.
+--json keeps all figures; a later run with the same file goes on from there. A side that runs out of memory, or ends
+otherwise, is told of and left out, and the others go on.
 """
 
 from __future__ import annotations
@@ -16,21 +18,36 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench_report import MIB, Run, Runs, machine_line, parser_of, publish, ratio, run_fresh, spread
-from step_cases import CASES, QUICK, Pair, StepCase, pairs_of, save
+from step_cases import CASES, QUICK_CASES, Pair, StepCase, pairs_of, save
+from step_gpu import GPU_CASES, device_line, gpu_sides, needed_flops, peak_tflops
 
-SIDES = ("ours", "fair", "trl", "grouped")
-SHOWN = {"ours": "this tool", "fair": "TRL, fair", "trl": "TRL as shipped", "grouped": "TRL fair, length-grouped"}
+SIDES = {"cpu": ("ours", "fair", "trl", "grouped"), "cuda": ("ours", "trl", "flash", "half", "grouped")}
+SHOWN = {
+    "cpu": {"ours": "this tool", "fair": "TRL, fair", "trl": "TRL as shipped", "grouped": "TRL fair, length-grouped"},
+    "cuda": {
+        "ours": "this tool", "trl": "TRL", "flash": "TRL, flash-attn", "half": "TRL, all in bfloat16",
+        "grouped": "TRL, length-grouped",
+    },
+}  # fmt: skip
+# How its command is called, and so its place in the document.
+NAMES = {"cpu": "step.py", "cuda": "step.py --device cuda"}
 # bfloat16 rounds each product to 3 digits, here and there in another order.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 
 
 def measure(side: str, file: Path, threads: int) -> Run:
     """One side in a fresh process."""
-    return run_fresh("step_sides.py", side, str(file), threads=threads)
+    # transformers' trainer would take all GPUs it sees.
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    try:
+        return run_fresh("step_sides.py", side, str(file), threads=threads, CUDA_VISIBLE_DEVICES=first)
+    except subprocess.CalledProcessError as error:
+        return {"failed": f"ended with code {error.returncode}"}
 
 
 def measure_once(case: StepCase, pairs: list[Pair], runs: Runs, *, sides: list[str], threads: int) -> None:
@@ -43,26 +60,36 @@ def measure_once(case: StepCase, pairs: list[Pair], runs: Runs, *, sides: list[s
         for side in reversed(sides) if odd else sides:
             began = time.perf_counter()
             runs.setdefault(side, []).append(measure(side, file, threads))
-            print(f"  {side}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    check_losses(case, {side: found[-1]["losses"] for side, found in runs.items()})
+            told = runs[side][-1].get("failed", f"{time.perf_counter() - began:.0f} s")
+            print(f"  {side}: {told}", file=sys.stderr, flush=True)
+    check_losses(case, {side: found[-1]["losses"] for side, found in runs.items() if "failed" not in found[-1]})
 
 
 def check_losses(case: StepCase, losses: dict[str, list[float]]) -> None:
-    """Raise unless every side's steps had our losses; length-grouped pairs only meet in the warm-up steps."""
-    for side, theirs in losses.items():
-        compared = case.warmup_steps if side == "grouped" else case.steps
+    """Raise unless every side's steps had our losses.
+
+    Length-grouped pairs only meet in the warm-up steps; weights in bfloat16 are the same before their first step only.
+    """
+    for side, theirs in losses.items() if "ours" in losses else ():
+        compared = {"grouped": case.warmup_steps, "half": 1}.get(side, case.steps)
+        tolerance = TOLERANCE["bfloat16" if side == "half" else case.dtype]
         for step, (a, b) in enumerate(zip(losses["ours"][:compared], theirs, strict=False)):
             # A step's rounding moves the weights of the next one, and AdamW divides by small gradients' roots.
-            if not math.isclose(a, b, rel_tol=TOLERANCE[case.dtype] * (1 + step)):
+            if not math.isclose(a, b, rel_tol=tolerance * (1 + step)):
                 raise SystemExit(f"step {step}: the loss is {a} here and {b} of {side}: not the same work")
 
 
 def figures(case: StepCase, pairs: list[Pair], runs: Runs) -> dict[str, dict[str, list[float]]]:
-    """By side and measure, one value a repeat: seconds and processor seconds a step, tokens/s, pairs/s, MiB."""
+    """By side and measure, one value a repeat: seconds and processor seconds a step, tokens/s, pairs/s, MiB, TFLOP/s.
+
+    Sides that failed in some repeat are left out.
+    """
     timed = pairs[case.warmup_steps * case.global_pairs :]
-    tokens = sum(pair.tokens for pair in timed)
+    tokens, flops = sum(pair.tokens for pair in timed), needed_flops(case, timed)
     found = {}
     for side, repeats in runs.items():
+        if any("failed" in run for run in repeats):
+            continue
         seconds, cpu_seconds = (
             [sum(run[clock][case.warmup_steps :]) for run in repeats] for clock in ("seconds", "cpu_seconds")
         )
@@ -72,21 +99,22 @@ def figures(case: StepCase, pairs: list[Pair], runs: Runs) -> dict[str, dict[str
             "tokens": [tokens / total for total in seconds],
             "pairs": [len(timed) / total for total in seconds],
             "memory": [run["peak_bytes"] / MIB for run in repeats],
+            "tflops": [flops / total / 1e12 for total in seconds],
         }
     return found
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def cpu_table(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "| case | side | s a step | CPU s a step | tokens/s | pairs/s | peak, MiB | faster by | less CPU by | memory |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         found = result["figures"]
-        for side in (side for side in SIDES if side in found):
+        for side in (side for side in SIDES["cpu"] if side in found):
             its = found[side]
             compared = ["", "", ""]
-            if side != "ours":
+            if side != "ours" and "ours" in found:
                 our = found["ours"]
                 ratios = (
                     ratio(its["seconds"], our["seconds"]), ratio(its["cpu_seconds"], our["cpu_seconds"]),
@@ -94,33 +122,79 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 )  # fmt: skip
                 compared = [f"**{value:.2f}**" for value in ratios]
             cells = (
-                name if side == "ours" else "", SHOWN[side], spread(its["seconds"], 2), spread(its["cpu_seconds"], 2),
+                name if side == "ours" else "", SHOWN["cpu"][side], spread(its["seconds"], 2),
+                spread(its["cpu_seconds"], 2),
                 spread(its["tokens"], 0), spread(its["pairs"], 2), spread(its["memory"], 0), *compared,
             )  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def losses_table(results: dict[str, dict[str, Any]]) -> str:
-    lines = ["| case | " + " | ".join(SHOWN[side] for side in SIDES) + " |", "|---" * (len(SIDES) + 1) + "|"]
+def gpu_table(results: dict[str, dict[str, Any]], peak: float | None) -> str:
+    """peak: of the device in TFLOP/s, where it is known."""
+    lines = [
+        "| case | side | s a step | tokens/s | pairs/s | TFLOP/s | MFU | peak, MiB | faster by | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, result in results.items():
-        steps = {side: runs[0]["losses"][:3] for side, runs in result["runs"].items()}
-        shown = (", ".join(f"{loss:.6f}" for loss in steps.get(side, [])) for side in SIDES)
+        found, runs = result["figures"], result["runs"]
+        for side in (side for side in SIDES["cuda"] if side in runs):
+            first = [name if side == "ours" else "", SHOWN["cuda"][side]]
+            if side not in found:
+                failed = next(run["failed"] for run in runs[side] if "failed" in run)
+                lines.append("| " + " | ".join([*first, failed.partition(":")[0], *[""] * 7]) + " |")
+                continue
+            its = found[side]
+            used = f"{100 * statistics.median(its['tflops']) / peak:.0f}%" if peak else "unknown"
+            compared = ["", ""]
+            if side != "ours" and "ours" in found:
+                our = found["ours"]
+                ratios = ratio(its["seconds"], our["seconds"]), ratio(our["memory"], its["memory"])
+                compared = [f"**{value:.2f}**" for value in ratios]
+            cells = (
+                *first, spread(its["seconds"], 3), spread(its["tokens"], 0), spread(its["pairs"], 1),
+                spread(its["tflops"], 0), used, spread(its["memory"], 0), *compared,
+            )  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def attention_line(results: dict[str, dict[str, Any]]) -> str:
+    """Which kernels this tool chose."""
+    told = {
+        run["attention"] for result in results.values() for run in result["runs"].get("ours", []) if "losses" in run
+    }
+    return f"Attention of this tool: {'; '.join(sorted(filter(None, told))) or 'the plain route'}.\n"
+
+
+def losses_table(results: dict[str, dict[str, Any]], device: str) -> str:
+    sides = SIDES[device]
+    lines = ["| case | " + " | ".join(SHOWN[device][side] for side in sides) + " |", "|---" * (len(sides) + 1) + "|"]
+    for name, result in results.items():
+        steps = {side: runs[0].get("losses", [])[:3] for side, runs in result["runs"].items()}
+        shown = (", ".join(f"{loss:.6f}" for loss in steps.get(side, [])) for side in sides)
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--case", choices=CASES, nargs="*", help="which cases (default: all)")
-    parser.add_argument("--side", choices=SIDES, nargs="*", default=list(SIDES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--case", choices=(*CASES, *GPU_CASES), nargs="*", help="which cases (default: the device's)")
+    parser.add_argument("--side", choices=sorted({*SIDES["cpu"], *SIDES["cuda"]}), nargs="*", help="(default: all)")
+    parser.add_argument("--attention", default="auto", help="model.attention of this tool")
     parser.add_argument("--real-data", type=Path, help="folder with gsm8k/, preferences/ and qwen2-tokenizer/")
     options = parser.parse_args()
-    cases = {"quick": QUICK} if options.quick else {name: CASES[name] for name in options.case or CASES}
+    device, known = options.device, {"cpu": CASES, "cuda": GPU_CASES}[options.device]
+    cases = QUICK_CASES if options.quick else {name: known[name] for name in options.case or known}
+    cases = {name: replace(case, device=device, attention=options.attention) for name, case in cases.items()}
+    sides = options.side or (gpu_sides() if device == "cuda" else SIDES["cpu"])
     kept: dict[str, Any] = {"cases": {}}
     if options.json is not None and options.json.exists():
         kept = json.loads(options.json.read_text(encoding="utf-8"))
     kept["machine"] = machine_line(options.threads, "torch", "transformers", "trl")
+    if device == "cuda":
+        kept["machine"] = f"{device_line()}; {kept['machine']}"
     for repeat in range(1 if options.quick else options.repeats):
         for name, case in cases.items():
             result = kept["cases"].setdefault(name, {"runs": {}})
@@ -128,13 +202,19 @@ def main() -> None:
                 continue
             print(f"{name}, repeat {repeat + 1}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
             pairs = pairs_of(case, options.real_data)
-            measure_once(case, pairs, result["runs"], sides=options.side, threads=options.threads)
+            measure_once(case, pairs, result["runs"], sides=sides, threads=options.threads)
             result["figures"] = figures(case, pairs, result["runs"])
             if options.json is not None:
                 options.json.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-    ordered = {name: kept["cases"][name] for name in ({**CASES, "quick": QUICK}) if name in kept["cases"]}
-    text = f"{kept['machine']}.\n\n{table(ordered)}\nLosses of the first steps:\n\n{losses_table(ordered)}"
-    publish("step.py", text, write=options.write)
+    ordered = {name: kept["cases"][name] for name in (*known, *QUICK_CASES) if name in kept["cases"]}
+    if device == "cuda":
+        shown = f"{attention_line(ordered)}\n{gpu_table(ordered, peak_tflops(kept['machine']))}"
+    else:
+        shown = cpu_table(ordered)
+    text = f"{kept['machine']}.\n\n{shown}\nLosses of the first steps:\n\n{losses_table(ordered, device)}"
+    publish(NAMES[device], text, write=options.write)
+    if any("failed" in run for result in ordered.values() for runs in result["runs"].values() for run in runs):
+        raise SystemExit("some sides failed; what they said is above")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ import numpy as np
 # Qwen2's own vocabulary.
 WIDE = 151_936
 NARROW = 8192
-Lengths = Literal["prompt-heavy", "response-heavy", "gsm8k", "conversations", "tiny"]
+Lengths = Literal["prompt-heavy", "response-heavy", "gsm8k", "conversations", "tiny", "long"]
 
 
 @dataclass(frozen=True)
 class StepCase:
     """A model, its pairs and how it trains on them.
 
+    lora_rank: trains adapters on all linear layers instead of all weights. tied: input and output embeddings are one.
+    device, attention: where it computes, and model.attention of this tool there.
     warmup_steps: come first and are not timed; their losses are compared. micro_pairs: pairs a micro-batch, on both
     sides; global_pairs is a multiple of it.
     """
@@ -28,6 +30,10 @@ class StepCase:
     vocabulary: int = NARROW
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    lora_rank: int | None = None
+    tied: bool = True
+    device: Literal["cpu", "cuda"] = "cpu"
+    attention: str = "auto"
     hidden: int = 256
     intermediate: int = 1024
     layers: int = 4
@@ -39,6 +45,10 @@ class StepCase:
     timed_steps: int = 3
     learning_rate: float = 1e-4
     beta: float = 0.1
+
+    def of(self, lengths: Lengths) -> StepCase:
+        """The same with pairs of other lengths."""
+        return replace(self, lengths=lengths)
 
     @property
     def steps(self) -> int:
@@ -54,7 +64,7 @@ class StepCase:
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
             "max_position_embeddings": 4096,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.tied,
         }
 
 
@@ -74,6 +84,10 @@ CASES = {
 QUICK = StepCase(
     "tiny", vocabulary=500, hidden=32, intermediate=64, layers=2, heads=4, global_pairs=4, micro_pairs=2,
 )  # fmt: skip
+QUICK_CASES = {
+    "quick": QUICK,
+    "quick, adapters": replace(QUICK, dtype="bfloat16", lora_rank=4, tied=False, gradient_checkpointing=True),
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,7 @@ def pairs_of(case: StepCase, real_data: Path | None) -> list[Pair]:
         bounds = {
             "prompt-heavy": ((200, 600), (100, 200)),
             "response-heavy": ((40, 80), (200, 400)),
+            "long": ((1000, 2500), (300, 900)),
             "tiny": ((4, 12), (3, 9)),
         }
         prompt, response = bounds[case.lengths]

@@ -1,0 +1,92 @@
+"""The step benchmark on a GPU: its cases, what the device could do at best, and what the pairs need at least."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from step_cases import WIDE, Pair, StepCase
+
+# What its maker states for dense bfloat16 products, in 1e12 operations a second, by part of the device's name; of two
+# parts that fit the first counts.
+PEAK_TFLOPS = {
+    "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
+    "A10G": 70.0, "A10": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0,
+}  # fmt: skip
+
+_QWEN2_05B: dict[str, Any] = {"hidden": 896, "intermediate": 4864, "layers": 24, "heads": 14, "kv_heads": 2}
+_QWEN2_15B: dict[str, Any] = {"hidden": 1536, "intermediate": 8960, "layers": 28, "heads": 12, "kv_heads": 2}
+_QWEN2_7B: dict[str, Any] = {"hidden": 3584, "intermediate": 18944, "layers": 28, "heads": 28, "kv_heads": 4}
+_SHARED: dict[str, Any] = {
+    "vocabulary": WIDE, "dtype": "bfloat16", "device": "cuda", "warmup_steps": 3, "timed_steps": 8, "global_pairs": 32,
+    "learning_rate": 1e-6,
+}  # fmt: skip
+_HALF_BILLION = StepCase("prompt-heavy", **_SHARED, **_QWEN2_05B, micro_pairs=8)
+_1_5_BILLION = StepCase("prompt-heavy", **_SHARED, **_QWEN2_15B, micro_pairs=4, gradient_checkpointing=True)
+_7_BILLION = StepCase(
+    "prompt-heavy", **(_SHARED | {"vocabulary": 152_064}), **_QWEN2_7B, micro_pairs=4, gradient_checkpointing=True,
+    tied=False, lora_rank=64,
+)  # fmt: skip
+GPU_CASES = {
+    f"{model}, {words}": case
+    for model, shape in (
+        ("Qwen2-0.5B", _HALF_BILLION), ("Qwen2-1.5B, checkpointed", _1_5_BILLION),
+        ("Qwen2-7B, checkpointed, LoRA", _7_BILLION),
+    )
+    for words, case in (
+        ("prompt-heavy", shape), ("response-heavy", shape.of("response-heavy")), ("long", shape.of("long")),
+    )
+}  # fmt: skip
+
+
+def gpu_sides() -> tuple[str, ...]:
+    """TRL with the weights, the optimiser and the attention it can have on this machine."""
+    return ("ours", "trl", *(("flash",) if find_spec("flash_attn") else ()), "half", "grouped")
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """None for a device that is not in the table."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
+
+
+def device_line() -> str:
+    """The GPU, and the versions that its kernels come from."""
+    name = torch.cuda.get_device_name()
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    peak = peak_tflops(name)
+    stated = f"{peak:g} TFLOP/s stated for bfloat16" if peak else "stated peak unknown"
+    flash = "flash-attn is installed" if find_spec("flash_attn") else "flash-attn is not installed"
+    return f"{name}, {memory:.0f} GiB, {stated}, CUDA {torch.version.cuda}, {flash}"
+
+
+def needed_flops(case: StepCase, pairs: list[Pair]) -> float:
+    """Operations that a step on these pairs cannot do without, forward and backward, the same for every side.
+
+    Every prompt once, no padding, the output head for scored tokens only, nothing computed again.
+    """
+    return sum(product_flops(case, pair) + attention_flops(case, pair) for pair in pairs)
+
+
+def product_flops(case: StepCase, pair: Pair) -> float:
+    """Of products with weights: 2 operations a weight and token forwards, 4 backwards.
+
+    2 backwards where the weights are frozen; adapters themselves, 1 to 2%, are not counted.
+    """
+    width = case.hidden // case.heads
+    of_a_layer = case.hidden * width * (2 * case.heads + 2 * case.kv_heads) + 3 * case.hidden * case.intermediate
+    forward = 2 * case.layers * of_a_layer * sum(_rows(pair))
+    forward += 2 * case.hidden * case.vocabulary * (len(pair.chosen) + len(pair.rejected))
+    return forward * (2 if case.lora_rank else 3)
+
+
+def attention_flops(case: StepCase, pair: Pair) -> float:
+    """Of scores and weighted values, where a query sees the key: twice 2 a channel forwards, twice that backwards."""
+    first, second = _rows(pair)
+    seen = first * (first + 1) / 2 + second * len(pair.prompt) + second * (second + 1) / 2
+    return 3 * 4 * case.layers * case.hidden * seen
+
+
+def _rows(pair: Pair) -> tuple[int, int]:
+    """Tokens of the prompt with the chosen response, and of the rejected one; what comes last predicts nothing."""
+    return len(pair.prompt) + len(pair.chosen) - 1, len(pair.rejected) - 1
