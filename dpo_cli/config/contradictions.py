@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,24 @@ def workers_need_deepspeed(values: Values) -> ConfigError | None:
         where="hardware.num_workers",
         hint=f"hardware=deepspeed_zero2 hardware.num_workers={workers}",
     )
+
+
+def eight_bits_can_be_had(values: Values) -> ConfigError | None:
+    if values["optimizer.state_bits"] != 8:
+        return None
+    if values["hardware.zero_stage"]:
+        return ConfigError(
+            "Optimiser states of 8 bits cannot be partitioned by ZeRO.",
+            where="optimizer.state_bits",
+            hint="optimizer.state_bits=32, or one device: hardware=single_gpu",
+        )
+    if find_spec("torchao") is None:
+        return ConfigError(
+            "Optimiser states of 8 bits need the package torchao, which is not installed.",
+            where="optimizer.state_bits",
+            hint='pip install "dpo-cli[8bit]", or optimizer.state_bits=32',
+        )
+    return None
 
 
 def offloading_needs_its_stage(values: Values) -> ConfigError | None:
@@ -318,6 +337,7 @@ CHECKS: tuple[Check, ...] = (
         ("model.gradient_checkpointing", "model.checkpoint_every", "model.offload_checkpoints"),
     ),
     (workers_need_deepspeed, ("hardware.num_workers", "hardware.zero_stage")),
+    (eight_bits_can_be_had, ("optimizer.state_bits", "hardware.zero_stage")),
     (offloading_needs_its_stage, ("hardware.offload_optimizer", "hardware.offload_parameters", "hardware.zero_stage")),
     (nvme_has_a_place, ("hardware.offload_optimizer", "hardware.offload_parameters", "hardware.nvme_path")),
     (deepspeed_options_are_ours_to_leave, ("hardware.deepspeed", "hardware.zero_stage")),

@@ -141,6 +141,7 @@ class AdamWConfig(OptimizerBase):
     name: Literal["adamw"]
     betas: Annotated[tuple[Share, Share], Field(strict=False)]
     eps: Positive
+    state_bits: Literal[8, 32]
 
 
 class RMSpropConfig(OptimizerBase):

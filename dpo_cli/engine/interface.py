@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from dpo_cli.engine.eight_bit import adamw_8bit
 from dpo_cli.engine.ranks import Ranks
 from dpo_cli.errors import CheckpointError
 
@@ -23,6 +24,7 @@ class OptimizerSettings:
 
     weight_decay: decoupled for AdamW, L2 for RMSprop; matrices only, as norms and biases have no scale to decay to.
     max_grad_norm: the global gradient norm is clipped to this; None never clips.
+    state_bits: of each number in AdamW's moments.
     """
 
     name: Literal["adamw", "rmsprop"]
@@ -32,6 +34,7 @@ class OptimizerSettings:
     eps: float = 1e-8
     alpha: float = 0.99
     momentum: float = 0.0
+    state_bits: Literal[8, 32] = 32
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,22 @@ def optimizer_for(
         {"params": vectors, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if settings.state_bits == 8:
+        return adamw_8bit(groups, betas=settings.betas, eps=settings.eps)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
     return torch.optim.RMSprop(
         groups, lr=0.0, alpha=settings.alpha, eps=settings.eps, momentum=settings.momentum, foreach=True
     )
+
+
+def set_learning_rate(groups: list[dict[str, Any]], learning_rate: float) -> None:
+    """groups: of an optimiser's parameters. One that is compiled keeps it in a tensor."""
+    for group in groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
 
 
 def state_names(settings: OptimizerSettings) -> tuple[str, ...]:
@@ -143,8 +157,9 @@ def state_names(settings: OptimizerSettings) -> tuple[str, ...]:
 
 
 def saved_bytes(parameters: Mapping[str, Tensor], settings: OptimizerSettings) -> int:
-    """What weights and optimiser states of these parameters take in float32."""
-    return 4 * (1 + len(state_names(settings))) * sum(math.prod(whole_shape(p)) for p in parameters.values())
+    """What float32 weights and the optimiser's states of these parameters take."""
+    each = 4 + len(state_names(settings)) * settings.state_bits // 8
+    return each * sum(math.prod(whole_shape(p)) for p in parameters.values())
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:

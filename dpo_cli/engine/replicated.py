@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpo_cli.engine.eight_bit import plain_tensors, whole_states
 from dpo_cli.engine.interface import (
     OPTIMIZER,
     WEIGHTS,
@@ -19,6 +19,7 @@ from dpo_cli.engine.interface import (
     checked_shape,
     optimizer_for,
     saved_bytes,
+    set_learning_rate,
     sums_over_ranks,
 )
 from dpo_cli.engine.ranks import Ranks, SoleRank
@@ -68,8 +69,7 @@ class ReplicatedEngine:
         if result.sound:
             if self._settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self._masters.values(), self._settings.max_grad_norm, norm)
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(self._optimizer.param_groups, learning_rate)
             self._optimizer.step()
             self._publish()
         self.forget_gradient()
@@ -95,26 +95,26 @@ class ReplicatedEngine:
                 continue
             yield SavedTensor(WEIGHTS, name, master.detach())
             for key, value in self._optimizer.state.get(master, {}).items():
-                if isinstance(value, Tensor):
-                    yield SavedTensor(OPTIMIZER, f"{name}/{key}", value)
+                for part, tensor in plain_tensors(key, value) if isinstance(value, Tensor) else ():
+                    yield SavedTensor(OPTIMIZER, f"{name}/{part}", tensor)
 
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         check_names(weights, self._masters)
         with torch.no_grad():
             for name, master in self._masters.items():
                 master.copy_(checked_shape(name, weights[name], master.shape))
-        fused = self._settings.name == "adamw"
-        by_parameter: dict[str, dict[str, Any]] = {}
+        # A step counter lives where the optimiser puts it: on the host, unless the optimiser is fused.
+        fused = self._settings.name == "adamw" and self._settings.state_bits == 32
+        by_parameter: dict[str, dict[str, Tensor]] = {}
         for path in optimizer:
             name, key = path.rsplit("/", 1)
             by_parameter.setdefault(name, {})[key] = optimizer[path]
         for name, entries in by_parameter.items():
             master = self._masters[name]
-            self._optimizer.state[master] = {
-                # A step counter lives where the optimiser puts it: on the host, unless the optimiser is fused.
-                key: value.clone() if key == "step" and not fused else value.to(master.device).clone()
-                for key, value in entries.items()
-            }
+            states = whole_states(entries, master.device)
+            if fused:
+                states["step"] = states["step"].to(master.device)
+            self._optimizer.state[master] = states
         self._publish()
 
     def close(self) -> None:

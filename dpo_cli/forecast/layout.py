@@ -38,7 +38,7 @@ class Layout:
     tokens: of one packed row, at most; longest: of a prompt with one response, data.max_tokens.
     on_gpu: there the driver takes its share, and grouped keys are repeated for every head under a mask.
     checkpoint_every, offload_checkpoints: with gradient_checkpointing, of so many layers one, and in host memory.
-    momentum: of RMSprop.
+    momentum: of RMSprop. state_bits: of each number in AdamW's moments.
     reduce_bucket, prefetch_bucket, live_parameters, sub_group: DeepSpeed's bounds on what is exchanged, gathered and
         updated at once, in elements. reduce_bucket None: what the engine asks for.
     reuse_distance: DeepSpeed does not let go of weights that are used again within so many elements.
@@ -57,6 +57,7 @@ class Layout:
     lora: LoraLayout | None = None
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     momentum: bool = False
+    state_bits: Literal[8, 32] = 32
     on_gpu: bool = True
     sampling: SamplingLayout | None = None
     reduce_bucket: int | None = None

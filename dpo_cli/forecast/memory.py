@@ -82,7 +82,8 @@ def trained_parameters(shape: ModelShape, layout: Layout) -> int:
 
 def state_bytes(layout: Layout) -> int:
     """Of the optimiser, for each parameter in training."""
-    return 8 if layout.optimizer == "adamw" or layout.momentum else 4
+    states = 2 if layout.optimizer == "adamw" or layout.momentum else 1
+    return states * layout.state_bits // 8
 
 
 def forecast_memory(shape: ModelShape, layout: Layout, row: Row | None = None) -> Memory:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from dpo_cli.config.schema import Config, RMSpropConfig
+from dpo_cli.config.schema import AdamWConfig, Config, RMSpropConfig
 from dpo_cli.config.shipped import choices
 from dpo_cli.engine.environment import is_worker, world_size
 from dpo_cli.errors import ModelError
@@ -134,6 +134,7 @@ def layout_of(config: Config, machine: Machine, *, workers: int) -> Layout:
         else LoraLayout(lora.rank, targets if isinstance(targets, str) else tuple(targets or ())),
         optimizer=optimizer.name,
         momentum=isinstance(optimizer, RMSpropConfig) and optimizer.momentum > 0,
+        state_bits=optimizer.state_bits if isinstance(optimizer, AdamWConfig) else 32,
         on_gpu=machine.on_gpu,
         zero_stage=cast(Literal[0, 1, 2, 3] | None, hardware.zero_stage),
         workers=workers if hardware.is_distributed else 1,

@@ -84,7 +84,7 @@ def optimizer_settings(optimizer: OptimizerConfig) -> OptimizerSettings:
         eps=optimizer.eps,
     )
     if isinstance(optimizer, AdamWConfig):
-        return replace(common, betas=optimizer.betas)
+        return replace(common, betas=optimizer.betas, state_bits=optimizer.state_bits)
     return replace(common, alpha=optimizer.alpha, momentum=optimizer.momentum)
 
 

@@ -202,7 +202,7 @@ def main() -> None:
                 continue
             print(f"{name}, repeat {repeat + 1}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
             pairs = pairs_of(case, options.real_data)
-            measure_once(case, pairs, result["runs"], sides=sides, threads=options.threads)
+            measure_once(case, pairs, result["runs"], sides=list(sides), threads=options.threads)
             result["figures"] = figures(case, pairs, result["runs"])
             if options.json is not None:
                 options.json.write_text(json.dumps(kept, indent=1), encoding="utf-8")

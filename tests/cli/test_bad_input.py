@@ -98,6 +98,10 @@ CASES = {
         ["leaves the reference out", "org/other"],
     ),
     "checkpoints": ([REAL, "model.checkpoint_every=2"], ["gradient_checkpointing is off", "=true"]),
+    "8 bits under ZeRO": (
+        [REAL, "optimizer.state_bits=8", "hardware=deepspeed_zero2"],
+        ["cannot be partitioned", "state_bits=32"],
+    ),
     "attention": ([REAL, "model.attention=flesh"], ["model.attention", "flash"]),
     "float16": ([REAL, "model.dtype=float16"], ["overflow", "model.dtype=bfloat16"]),
     "template without a column": ([REAL, "data.prompt_template=Question:"], ["names no column"]),

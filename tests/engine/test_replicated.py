@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from dpo_cli.engine.interface import OPTIMIZER, WEIGHTS, OptimizerSettings
 from dpo_cli.engine.replicated import ReplicatedEngine
-from dpo_cli.errors import CheckpointError
+from dpo_cli.errors import CheckpointError, ConfigError
 
 ADAMW = OptimizerSettings(name="adamw", weight_decay=0.1, max_grad_norm=None)
 RMSPROP = OptimizerSettings(name="rmsprop", weight_decay=0.0, max_grad_norm=None)
@@ -121,6 +124,44 @@ def test_a_restored_engine_goes_on_bit_for_bit(settings: OptimizerSettings, dtyp
         assert torch.equal(tensor, weights_of(other)[name])
     for name, tensor in moments_of(engine).items():
         assert torch.equal(tensor, moments_of(other)[name])
+
+
+def test_8_bits_without_their_package_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    model = small_model()
+    with pytest.raises(ConfigError, match="torchao") as caught:
+        ReplicatedEngine(model, model, replace(ADAMW, state_bits=8))
+    assert "dpo-cli[8bit]" in str(caught.value.hint)
+
+
+@pytest.mark.slow
+def test_moments_of_8_bits_follow_those_of_32_and_are_restored_bit_for_bit() -> None:
+    pytest.importorskip("torchao", reason='torchao is not installed: pip install "dpo-cli[8bit]"')
+    runs = []
+    for bits in (32, 8):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 3))
+        engine = ReplicatedEngine(model, model, replace(ADAMW, state_bits=bits))  # type: ignore[arg-type]
+        train(engine, model, range(3))
+        runs.append((model, engine, {name: tensor.clone() for name, tensor in weights_of(engine).items()}))
+    (_, exact, wanted), (_, engine, weights) = runs
+    for name, tensor in wanted.items():
+        assert (weights[name] - tensor).norm() < 0.05 * tensor.norm()
+    moments = {name: tensor.clone() for name, tensor in moments_of(engine).items()}
+    # Only the matrix of 128 x 64 is large enough for blocks.
+    assert {name for name, tensor in moments.items() if tensor.dtype == torch.uint8} == {
+        "2.weight/exp_avg.codes", "2.weight/exp_avg_sq.codes",
+    }  # fmt: skip
+    assert engine.saved_bytes < exact.saved_bytes
+
+    resumed = nn.Sequential(nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 3))
+    other = ReplicatedEngine(resumed, resumed, replace(ADAMW, state_bits=8))
+    other.load(weights, moments)
+    train(engine, runs[1][0], range(3, 6))
+    train(other, resumed, range(3, 6))
+    for found in (weights_of, moments_of):
+        for name, tensor in found(engine).items():
+            assert torch.equal(tensor, found(other)[name]), name
 
 
 def test_frozen_parameters_are_left_alone_and_left_out() -> None:
