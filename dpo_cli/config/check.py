@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from dpo_cli.config.compose.composition import Composition
-from dpo_cli.config.contradictions import CHECKS, Check, held_out_data_is_named_once
+from dpo_cli.config.contradictions import CHECKS, held_out_data_is_named_once
 from dpo_cli.config.keys import known_keys
 from dpo_cli.config.loss_check import check_loss
+from dpo_cli.config.machine_checks import Check
 from dpo_cli.config.schema import OPTIMIZERS, Config, Section
 from dpo_cli.config.secrets import looks_secret, mask
 from dpo_cli.config.shipped import GROUPS, is_shipped

@@ -10,18 +10,15 @@ from typing import Any
 from dpo_cli.config.check import Rules
 from dpo_cli.config.commands import EvalConfig, SampleConfig, names_a_file, run_settings_file
 from dpo_cli.config.contradictions import (
-    Check,
-    Values,
     adapter_exists,
     missing_path,
     missing_source,
     model_exists,
-    nvme_has_a_place,
     reference_exists,
     verifier_is_known,
-    workers_need_deepspeed,
 )
 from dpo_cli.config.keys import fields_of
+from dpo_cli.config.machine_checks import Check, Values, nvme_has_a_place, workers_need_deepspeed
 from dpo_cli.errors import ConfigError
 
 GROUPS = ("model", "hardware")

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from dpo_cli.errors import ModelError
 from dpo_cli.policy.attention import PACKED_ATTENTION
 from dpo_cli.policy.attention_routes import AttentionRoute, choose_attention
+from dpo_cli.policy.checkpointing import enable_checkpointing
 from dpo_cli.policy.compatibility import check_config, check_model_class, check_modules
 from dpo_cli.policy.dropout import switch_off_noise, verify_no_noise
 from dpo_cli.policy.folder import adapter_weight_files, check_safetensors_file, resolve_model_folder, weight_files
@@ -142,7 +143,7 @@ def load_model(
         config = add_lora(loaded.model, settings.lora, seed=seed, base_name=settings.path)
         loaded = replace(loaded, lora=config)
     if settings.gradient_checkpointing:
-        _enable_checkpointing(
+        enable_checkpointing(
             loaded.model,
             every=settings.checkpoint_every,
             # Beside a CPU they are on the host already.
@@ -336,25 +337,6 @@ def _check_complete(report: dict[str, Any], folder: Path) -> None:
             )
     if report["error_msgs"]:
         raise ModelError(f"The model cannot be loaded: {report['error_msgs'][0]}", where=str(folder))
-
-
-def _enable_checkpointing(model: PreTrainedModel, *, every: int, offload: bool) -> None:
-    if not model.supports_gradient_checkpointing:
-        raise ModelError(
-            f"{type(model).__name__} has no gradient checkpointing.",
-            where="model.gradient_checkpointing",
-            hint="model.gradient_checkpointing=false",
-        )
-    how: dict[str, Any] = {"every_n_layers": every} if every > 1 else {}
-    how |= {"offload": True} if offload else {}
-    try:
-        model.activation_checkpointing_enable({"use_reentrant": False}, **how)
-    except TypeError as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot checkpoint in that way with this version of transformers: {error}",
-            where="model.checkpoint_every, model.offload_checkpoints",
-            hint="leave them out, or pip install -U transformers",
-        ) from error
 
 
 @contextmanager
