@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
