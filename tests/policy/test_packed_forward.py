@@ -160,13 +160,15 @@ def test_an_example_s_log_probs_do_not_depend_on_its_neighbours_in_the_row() -> 
 @pytest.mark.parametrize("name", ["qwen2-sliding", "gemma3", "qwen3-moe", "gpt2"])
 def test_padding_of_the_row_changes_no_number(name: str) -> None:
     model, row = build(name), pack(examples(responses=3))
-    logps = PackedModel(model)(row).logps
+    packed = PackedModel(model)
+    logps = packed(row).logps
     wanted = gradients(model, logps)
     tokens: list[int] = []
     model.get_decoder().register_forward_pre_hook(
         lambda _, __, given: tokens.append(given["input_ids"].shape[1]), with_kwargs=True
     )
-    padded = PackedModel(model, pad_rows_to=64)(row).logps
+    packed.pad_rows_to = 64
+    padded = packed(row).logps
     assert len(row.input_ids) % 64 and tokens == [-(-len(row.input_ids) // 64) * 64]
     assert (padded - logps).abs().max() < 1e-12
     assert largest_relative_difference(wanted, gradients(model, padded)) < 3e-6
