@@ -76,6 +76,8 @@ def product_flops(case: StepCase, pair: Pair) -> float:
     width = case.hidden // case.heads
     of_a_layer = case.hidden * width * (2 * case.heads + 2 * case.kv_heads) + 3 * case.hidden * case.intermediate
     forward = 2 * case.layers * of_a_layer * sum(_rows(pair))
+    # Of the prompt only the last token predicts: the others need nothing after the last layer's attention.
+    forward -= 2 * 3 * case.hidden * case.intermediate * (len(pair.prompt) - 1)
     forward += 2 * case.hidden * case.vocabulary * (len(pair.chosen) + len(pair.rejected))
     return forward * (2 if case.lora_rank else 3)
 
