@@ -10,18 +10,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_KNOWS = "_spares_unscored_rows"
+
 
 def spare_unscored_rows(decoder: nn.Module) -> None:
     """Have a decoder's last layer pass only `segments.scored` rows through its `mlp`; the others get zeros from it.
 
-    Calls without a plan are answered as before. Decoders that call these parts by other names are left as they are.
+    Calls without a plan are answered as before. Decoders that call these parts by other names are left as they are, and
+    so are those that know already.
     """
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return
     attention, mlp = (getattr(layers[-1], name, None) for name in ("self_attn", "mlp"))
-    if isinstance(attention, nn.Module) and isinstance(mlp, nn.Module):
+    if isinstance(attention, nn.Module) and isinstance(mlp, nn.Module) and not hasattr(mlp, _KNOWS):
         rows = _ScoredRows()
+        setattr(mlp, _KNOWS, True)
         attention.register_forward_pre_hook(rows.learn, with_kwargs=True)
         mlp.register_forward_pre_hook(rows.select)
         mlp.register_forward_hook(rows.restore)

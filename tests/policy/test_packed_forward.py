@@ -241,5 +241,6 @@ def test_the_last_feed_forward_network_sees_only_rows_that_predict_a_response_to
     assert set(others) == {len(row.input_ids)}
     assert last == len(row.predictors.unique()) < len(row.input_ids)
     assert torch.equal(row.scored, row.predictors.unique())
+    assert torch.equal(PackedModel(model)(row).logps, PackedModel(model)(row).logps)
     # A call without a plan passes all rows, after one with a plan too.
     assert torch.equal(model(ids).logits, before)
