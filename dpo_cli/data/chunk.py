@@ -33,7 +33,7 @@ Effect = Literal["error", "bad", "dropped", "cut", "noticed"]
 
 
 class Event(NamedTuple):
-    """Something worth counting about a row. reason: a key of report.REASONS; field and detail: for the message."""
+    """Something worth counting about a row. reason: a key of reasons.REASONS; field and detail: for the message."""
 
     number: int
     effect: Effect

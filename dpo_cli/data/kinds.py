@@ -26,7 +26,7 @@ class Draft:
 
 
 class Skipped(Exception):
-    """A well-formed row that has nothing for this kind of loss. reason: a key of report.REASONS."""
+    """A well-formed row that has nothing for this kind of loss. reason: a key of reasons.REASONS."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

@@ -16,7 +16,8 @@ from dpo_cli.data.build import SplitWriter, build_split, make_tokeniser, open_so
 from dpo_cli.data.cache import being_built, content_key, read_manifest, write_manifest
 from dpo_cli.data.formats import check_column_names
 from dpo_cli.data.kinds import check_token_weights
-from dpo_cli.data.report import REASONS, DataReport, Sample, SplitReport
+from dpo_cli.data.reasons import REASONS
+from dpo_cli.data.report import DataReport, Sample, SplitReport
 from dpo_cli.data.settings import DataConfig, RowSettings, held_out_fraction, row_settings
 from dpo_cli.data.sources import Source, eval_sources_of, sources_of
 from dpo_cli.data.templates import template_fields
@@ -70,6 +71,8 @@ def prepare_data(
     key = content_key(sources, tokenizer, settings, held_out_fraction=held_out, store_dir=store)
     folder = store / "data" / key
     manifest = read_manifest(folder)
+    if manifest is not None and data.on_bad_row == "error" and _dropped_bad_rows(manifest):
+        manifest = None  # building it again names the first of these rows
     from_cache = manifest is not None
     if manifest is None:
         try:
@@ -85,6 +88,11 @@ def prepare_data(
         if manifest is None:
             raise DataError("The tokenised data cannot be read back.", where=str(folder), hint="check the disk")
     return _open(folder, manifest, from_cache=from_cache)
+
+
+def _dropped_bad_rows(manifest: dict[str, Any]) -> bool:
+    report = DataReport.from_dict(manifest["report"])
+    return bool(report.train.bad_rows or (report.eval is not None and report.eval.bad_rows))
 
 
 def _eval_sources(data: DataConfig) -> list[Source]:

@@ -15,7 +15,7 @@ Response = Text | Message
 
 
 class BadRow(Exception):
-    """A row that cannot be used. reason: a key of report.REASONS; field: the column at fault, where there is one."""
+    """A row that cannot be used. reason: a key of reasons.REASONS; field: the column at fault, where there is one."""
 
     def __init__(self, reason: str, problem: str, field: str | None = None) -> None:
         super().__init__(reason, problem, field)

@@ -36,7 +36,7 @@ class EndOfReply:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A prompt and its responses as ids, before any cut. Notes are keys of report.REASONS."""
+    """A prompt and its responses as ids, before any cut. Notes are keys of reasons.REASONS."""
 
     prompt: Ids
     responses: tuple[Ids, ...]
@@ -54,7 +54,7 @@ class Fitted:
 
 
 class TooLong(Exception):
-    """An example does not fit. reason: a key of report.REASONS; tokens: what it would have needed."""
+    """An example does not fit. reason: a key of reasons.REASONS; tokens: what it would have needed."""
 
     def __init__(self, reason: str, tokens: int) -> None:
         super().__init__(reason, tokens)

@@ -172,6 +172,14 @@ def test_a_bad_row_may_be_dropped_and_is_counted(name: str, tmp_path: Path, prep
     }
 
 
+def test_what_was_prepared_without_its_bad_rows_does_not_hide_them(prepare: Any, write_jsonl: Any) -> None:
+    path = write_jsonl([GOOD, {**GOOD, "chosen": ""}])
+    assert len(prepare(path, on_bad_row="drop").train) == 1
+    with pytest.raises(DataError, match="'chosen' is empty"):
+        prepare(path, on_bad_row="error")
+    assert prepare(path, on_bad_row="drop").report.from_cache
+
+
 def test_a_mapped_column_is_named_as_the_user_knows_it(prepare: Any, write_jsonl: Any) -> None:
     path = write_jsonl([{"q": "a", "good": "b", "bad": "c"}, {"q": "a", "good": "", "bad": "c"}])
     with pytest.raises(DataError, match="'chosen' is empty") as caught:
