@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+EXIT_FOUND = 1
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
 # sysexits' EX_TEMPFAIL: "try again later", which is what resuming does.
@@ -53,6 +54,12 @@ class ConfigError(DpoError):
 
 class DataError(DpoError):
     """A data file, row or template is unusable."""
+
+
+class DataProblems(DpoError):
+    """The data can be trained on and have what they were not to have."""
+
+    exit_code = EXIT_FOUND
 
 
 class ModelError(DpoError):

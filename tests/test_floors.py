@@ -35,6 +35,7 @@ FLOORS = {
     "train": 4,
     "report": 5,
     "evaluation": 5,
+    "inspection": 5,
     "cli": 6,
     "__main__": 6,
 }

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # What a work folder holds beside finished responses: what is to be done there.
 SETTINGS_FILE = "command.yaml"
 _PARTIAL = ".partial"
-_OPTIONS = """
+OPTIONS = """
 Options
   --cfg job           show the configuration instead of {doing}
   --config-dir DIR    look for configuration files in DIR as well
@@ -82,7 +82,7 @@ def _dispatch(command: Command, words: list[str]) -> None:
             ("model/_base.yaml", "model"),
             ("hardware/single_gpu.yaml", "hardware"),
         ]
-        head = command.introduction + _OPTIONS.format(doing=command.doing, config_name=command.config_name)
+        head = command.introduction + OPTIONS.format(doing=command.doing, config_name=command.config_name)
         print(page(head, GROUPS, files, _EXIT_CODES), end="")
         return
     if arguments.version:

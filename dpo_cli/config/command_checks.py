@@ -1,4 +1,4 @@
-"""Settings of dpo-sample and dpo-eval that cannot stand together, or name files that are not there."""
+"""Settings of dpo-sample, dpo-eval and dpo-data that cannot stand together, or name files that are not there."""
 
 from __future__ import annotations
 
@@ -8,20 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.check import Rules
-from dpo_cli.config.commands import EvalConfig, SampleConfig, names_a_file, run_settings_file
+from dpo_cli.config.commands import (
+    ConvertConfig,
+    DataCheckConfig,
+    EvalConfig,
+    SampleConfig,
+    names_a_file,
+    run_settings_file,
+)
 from dpo_cli.config.contradictions import (
+    CHECKS,
     adapter_exists,
     missing_path,
     missing_source,
     model_exists,
     reference_exists,
+    template_has_fields,
+    training_data_exists,
     verifier_is_known,
 )
-from dpo_cli.config.keys import fields_of
+from dpo_cli.config.keys import fields_of, known_keys
 from dpo_cli.config.machine_checks import Check, Values, nvme_has_a_place, workers_need_deepspeed
+from dpo_cli.config.schema import Config
+from dpo_cli.config.shipped import GROUPS as TRAINING_GROUPS
+from dpo_cli.config.suggest import suggest_choice
+from dpo_cli.data.reasons import FINDINGS, REASONS
 from dpo_cli.errors import ConfigError
 
 GROUPS = ("model", "hardware")
+CONVERT_ENDINGS = (".jsonl", ".parquet")
 
 
 def _is_free(key: str, values: Values) -> ConfigError | None:
@@ -164,6 +179,27 @@ def _enough_samples(values: Values) -> ConfigError | None:
     return None
 
 
+def _findings_are_known(values: Values) -> ConfigError | None:
+    named = values["fail_on"] if isinstance(values["fail_on"], list) else [values["fail_on"]]
+    known = (*FINDINGS, *REASONS)
+    unknown = next((name for name in named if name not in known), None)
+    if unknown is None:
+        return None
+    return ConfigError(
+        f"There is no finding {unknown}.", where="fail_on", hint=suggest_choice(unknown, known)
+    )
+
+
+def _form_is_known(values: Values) -> ConfigError | None:
+    if values["out"].endswith(CONVERT_ENDINGS):
+        return None
+    return ConfigError(
+        f"The form of {values['out']} is not known by its ending.",
+        where="out",
+        hint=f"out=pairs.jsonl; known endings: {', '.join(CONVERT_ENDINGS)}",
+    )
+
+
 def _only(modes: tuple[str, ...], check: Callable[[Values], ConfigError | None], values: Values) -> ConfigError | None:
     return check(values) if values["mode"] in modes else None
 
@@ -209,8 +245,21 @@ _EVAL: tuple[Check, ...] = (
 )
 
 
+_CONVERT: tuple[Check, ...] = (
+    (training_data_exists, ("data.train", "choice.data")),
+    (template_has_fields, ("data.prompt_template",)),
+    (_form_is_known, ("out",)),
+    (partial(_is_free, "out"), ("out",)),
+)
+
+
 def _known(schema: Any, values: Any) -> list[str]:
     return list(fields_of(schema))
+
+
+def _known_to_a_check(values: Any) -> list[str]:
+    own = DataCheckConfig.model_fields.keys() - Config.model_fields.keys()
+    return [*known_keys(values), *sorted(own)]
 
 
 def _without_a_model(values: Any) -> frozenset[str]:
@@ -220,3 +269,10 @@ def _without_a_model(values: Any) -> frozenset[str]:
 
 SAMPLE = Rules(SampleConfig, partial(_known, SampleConfig), GROUPS, _COMMON + _SAMPLE)
 EVAL = Rules(EvalConfig, partial(_known, EvalConfig), GROUPS, _COMMON + _EVAL, spared=_without_a_model)
+DATA_CHECK = Rules(
+    DataCheckConfig,
+    _known_to_a_check,
+    TRAINING_GROUPS,
+    (*CHECKS, (_findings_are_known, ("fail_on",)), (partial(_is_free, "out"), ("out",))),
+)
+CONVERT = Rules(ConvertConfig, partial(_known, ConvertConfig), ("data",), _CONVERT)

@@ -1,4 +1,4 @@
-"""The checked configurations of dpo-sample and dpo-eval: names, types and ranges. Defaults live in conf/ only."""
+"""The checked configurations of dpo-sample, dpo-eval and dpo-data: names, types and ranges. Defaults live in conf/ only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from dpo_cli.config.contradictions import FILE_ENDINGS
-from dpo_cli.config.schema import Count, HardwareConfig, ModelConfig, Name, Positive, SamplingConfig, Section, Sources
+from dpo_cli.config.schema import (
+    Config,
+    Count,
+    CountOrNever,
+    DataConfig,
+    HardwareConfig,
+    ModelConfig,
+    Name,
+    Positive,
+    SamplingConfig,
+    Section,
+    Sources,
+)
 from dpo_cli.paths import resolve_path
 
 # By this file of its folder a run of dpo-train is known.
@@ -68,6 +80,24 @@ class EvalConfig(CommandConfig):
     data: Sources | None
     max_tokens: Annotated[int, Field(ge=2)]
     on_long: Literal["drop", "truncate"]
+
+
+class DataCheckConfig(Config):
+    """What a training is told, and how its data are looked at."""
+
+    out: Name | None
+    fail_on: Annotated[list[Name], BeforeValidator(_as_list)]
+    similarity: Annotated[float, Field(gt=0, le=1)] | None
+    shown: CountOrNever
+
+
+class ConvertConfig(Section):
+    out: Name
+    data: DataConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        plain: dict[str, Any] = self.model_dump(mode="json")
+        return plain
 
 
 def run_settings_file(path: str) -> Path | None:

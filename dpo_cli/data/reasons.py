@@ -39,3 +39,15 @@ REASONS: Mapping[str, str] = {
     "system_unused": "with a system message, which plain text has no place for (data.chat=true has)",
     "reference_unused": "whose reference log-probs this loss cannot use",
 }
+# What dpo-data finds in rows that were kept, or in the data as a whole.
+FINDINGS: Mapping[str, str] = {
+    "bad_rows": "that cannot be used; training would stop at the first (data.on_bad_row=error)",
+    "contradictions": "whose verdict an earlier row of the same prompt contradicts",
+    "overlap": "held out whose prompt is a training prompt, too",
+    "near_overlap": "held out whose prompt nearly is a training prompt",
+    "duplicates": "that say exactly what an earlier row says",
+    "near_duplicates": "that nearly say what an earlier row says",
+    "two_bos": "whose prompt begins with the BOS token twice",
+    "unended": "with a response that no end token closes",
+    "over_budget": "larger than tokens_per_microbatch, which go through the model alone",
+}

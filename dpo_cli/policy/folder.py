@@ -53,6 +53,15 @@ def resolve_config_folder(path: str, revision: str | None = None) -> Path:
     return _download(path, revision, (_CONFIG,))
 
 
+def resolve_tokenizer_folder(path: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Path:
+    """As `resolve_model_folder`, but of a hub model no weights are fetched."""
+    local = Path(resolve_path(path)).expanduser()
+    if local.exists() or not _HUB_NAME.fullmatch(path):
+        return resolve_model_folder(path, revision, trust_remote_code=trust_remote_code)
+    small = tuple(pattern for pattern in HUB_FILES if pattern != "*.safetensors")
+    return _download(path, revision, small + (REMOTE_CODE_FILES if trust_remote_code else ()))
+
+
 def _no_folder(path: str) -> ModelError:
     return ModelError(f"There is no model folder {path}.", hint="check the path, or give a hub name such as org/model")
 

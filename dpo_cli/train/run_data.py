@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config.schema import Config, DataConfig
 from dpo_cli.data.example import Examples
@@ -18,6 +18,9 @@ from dpo_cli.policy.folder import resolve_model_folder
 from dpo_cli.policy.tokenizer import load_tokenizer, read_stop_token_ids
 from dpo_cli.train.objective import Objective
 from dpo_cli.train.parts import build_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def run_data(config: Config, objective: Objective) -> RunData:
     generator, digest, lines = None, prepared.digest, prepared.report.lines()
     report = prepared.report.as_dict()
     if config.data.generator is not None:
-        own = _prepare(config, _generator_settings(config.data), "demonstration")
+        own = _prepare(config, generator_settings(config.data), "demonstration")
         generator, report["generator"] = Truths(own.train), own.report.as_dict()
         lines += own.report.split_lines("generator", own.report.train)
         digest = hashlib.sha256(f"{digest}:{own.digest}".encode()).hexdigest()
@@ -88,7 +91,8 @@ def fill_cache(config: Config) -> None:
     run_data(config, Objective.of(build_loss(config)))
 
 
-def _generator_settings(data: DataConfig) -> DataConfig:
+def generator_settings(data: DataConfig) -> DataConfig:
+    """How data.generator is read."""
     changes = {"train": data.generator, "eval": None, "eval_fraction": 0.0, "eval_split": None, "token_weights": None}
     return data.model_copy(update=changes)
 
@@ -97,11 +101,22 @@ def _prepare(config: Config, data: DataConfig, kind: ExampleKind) -> PreparedDat
     model = config.model
     folder = resolve_model_folder(model.path, model.revision, trust_remote_code=model.trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
+    return prepare_for(config, data, kind, tokenizer, read_stop_token_ids(folder, tokenizer))
+
+
+def prepare_for(
+    config: Config,
+    data: DataConfig,
+    kind: ExampleKind,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: frozenset[int],
+) -> PreparedData:
+    """Rows as a run of this configuration takes them, by its model's tokenizer."""
     return prepare_data(
         data,
         tokenizer,
         kind=kind,
-        stop_token_ids=read_stop_token_ids(folder, tokenizer),
+        stop_token_ids=stop_token_ids,
         seed=config.seed,
         store_dir=Path(config.store_dir).expanduser(),
     )

@@ -1,0 +1,1 @@
+"""What dpo-data tells of a data set: read as training reads it, looked at without a model's weights"""
