@@ -49,7 +49,7 @@ def open_source(source: Source, settings: RowSettings) -> OpenedSource:
     first_problem: tuple[int, BadRow] | None = None
     for raw in islice(source.reader.rows(), _ROWS_TO_LOOK_AT):
         try:
-            rows.append(rename_columns(_columns(raw), settings.columns))
+            rows.append(rename_columns(columns_of(raw), settings.columns))
         except BadRow as problem:
             first_problem = first_problem or (raw.number, problem)
     if not rows:
@@ -68,7 +68,8 @@ def open_source(source: Source, settings: RowSettings) -> OpenedSource:
     return OpenedSource(source, found, rows[0], _holds_messages(found, rows, settings.prompt_template))
 
 
-def _columns(raw: RawRow) -> RawColumns:
+def columns_of(raw: RawRow) -> RawColumns:
+    """Raises BadRow for what is no row."""
     if isinstance(raw.content, BadRow):
         raise raw.content
     return decode_json_row(raw.content) if isinstance(raw.content, bytes) else raw.content

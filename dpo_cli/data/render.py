@@ -59,18 +59,19 @@ def render(
     if not chat:
         prompt = str(row.prompt)
         return Rendered(prompt, tuple(prompt + response_text(response) for response in responses), chat=False)
-    messages = _prompt_messages(row)
+    messages = prompt_messages(row)
     prompt = apply_template(tokenizer, messages, row.tools, add_generation_prompt=True)
     full = []
     for response in responses:
-        answer = _answer_message(response, transcript=row.transcript)
+        answer = answer_message(response, transcript=row.transcript)
         text = apply_template(tokenizer, [*messages, answer], row.tools, add_generation_prompt=False)
         check_stable(prompt, text, answer)
         full.append(text if ends_reply else text.rstrip())
     return Rendered(prompt, tuple(full), chat=True)
 
 
-def _prompt_messages(row: Row) -> Messages:
+def prompt_messages(row: Row) -> Messages:
+    """A row's prompt as messages, plain text wrapped into them."""
     if not isinstance(row.prompt, str):
         return row.prompt
     messages = transcript_messages(row.prompt) if row.transcript else [{"role": "user", "content": row.prompt}]
@@ -81,7 +82,8 @@ def _prompt_messages(row: Row) -> Messages:
     return messages
 
 
-def _answer_message(response: Response, *, transcript: bool) -> Message:
+def answer_message(response: Response, *, transcript: bool) -> Message:
+    """A response as the assistant's message. transcript: it may hold further turns, which one message cannot."""
     if not isinstance(response, str):
         return response
     if transcript:
