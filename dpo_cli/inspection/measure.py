@@ -92,7 +92,7 @@ def overlap(train: StoredExamples, held_out: StoredExamples, *, similarity: floa
     known = keys[place] == asked
     found = {"overlap": Count()}
     for at, trained in zip(own[known].tolist(), first[place[known]].tolist(), strict=True):
-        found["overlap"].add(f"{held_out[at].origin} is {train[trained].origin}")
+        found["overlap"].add(_beside(held_out[at].origin, "is", train[trained].origin))
     if similarity is None:
         return found
     new = own[~known]
@@ -108,7 +108,7 @@ def overlap(train: StoredExamples, held_out: StoredExamples, *, similarity: floa
     found["near_overlap"] = Count()
     for at, trained in zip(new.tolist(), like.tolist(), strict=True):
         if 0 <= trained < len(first):
-            found["near_overlap"].add(f"{held_out[at].origin} is like {train[int(first[trained])].origin}")
+            found["near_overlap"].add(_beside(held_out[at].origin, "is like", train[int(first[trained])].origin))
     return found
 
 
@@ -149,7 +149,7 @@ class _Said:
         for at, other in zip(rows[clash].tolist(), opposite[clash].tolist(), strict=True):
             if at not in seen:
                 seen.add(at)
-                found.add(f"{examples[at].origin} against {examples[other].origin}")
+                found.add(_beside(examples[at].origin, "against", examples[other].origin))
         return found
 
 
@@ -187,8 +187,14 @@ def _earlier(keys: NDArray[Any]) -> NDArray[np.int64]:
 def _pairs(examples: StoredExamples, places: NDArray[np.int64], earlier: NDArray[np.int64]) -> Count:
     found = Count()
     for at, other in zip(places[earlier >= 0].tolist(), earlier[earlier >= 0].tolist(), strict=True):
-        found.add(f"{examples[at].origin} after {examples[other].origin}")
+        found.add(_beside(examples[at].origin, "after", examples[other].origin))
     return found
+
+
+def _beside(origin: str, stands: str, other: str) -> str:
+    """Two places in words; a file that both are of is named once."""
+    (file, _, _), (other_file, _, other_row) = origin.rpartition(" row "), other.rpartition(" row ")
+    return f"{origin} {stands} {f'row {other_row}' if other_file == file else other}"
 
 
 def _near_duplicates(

@@ -7,7 +7,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -31,6 +30,7 @@ _FILE_WIDTH = 140
 _BAR = 40
 # Of a long text, from its beginning and from its end.
 _TOKENS_SHOWN = 80
+_INDENT = " " * 4
 _SPECIAL = "bold magenta"
 _STYLES = {"prompt": "dim", "chosen": "green", "best": "green", "response": "green", "rejected": "red", "worst": "red"}
 
@@ -175,8 +175,9 @@ def show_example(console: Console, example: Example, kind: ExampleKind, tokenize
         for piece, is_special, weighted in _pieces(ids, weight, special, tokenizer):
             style = _SPECIAL if is_special else _STYLES.get(name, "")
             text.append(piece, style=f"{style} underline" if weighted else style)
-        text.rstrip()
-        console.print(Padding(text, (0, 0, 0, 4), expand=False))
+        for line in text.wrap(console, console.width - len(_INDENT)):
+            line.rstrip()
+            console.print(Text(_INDENT).append_text(line), soft_wrap=True)
 
 
 def _names(kind: ExampleKind, responses: int) -> list[str]:
@@ -197,8 +198,14 @@ def _pieces(
     for number, half in enumerate(halves):
         if number:
             yield f" [... {left_out:,} tokens ...] ", False, False
+        # Decoders drop the space before a first word, so each piece is what its tokens add to those before.
+        known: list[int] = []
+        text = ""
         for (is_special, is_weighted), group in groupby(half, key=lambda each: (each[0] in special, each[1])):
-            yield _visible(str(tokenizer.decode([token for token, _ in group]))), is_special, is_weighted
+            known += [token for token, _ in group]
+            longer = str(tokenizer.decode(known))
+            yield _visible(longer[len(text) :]), is_special, is_weighted
+            text = longer
 
 
 def _visible(text: str) -> str:

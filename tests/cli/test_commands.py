@@ -1,4 +1,4 @@
-"""dpo-sample and dpo-eval up to the moment at which they import torch: help, configuration, and every refusal."""
+"""dpo-sample, dpo-eval and dpo-data up to the moment at which they import torch: help, configuration, and every refusal."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import yaml
 
+from dpo_cli.cli.data import main as data_main
 from dpo_cli.cli.eval import main as eval_main
 from dpo_cli.cli.sample import main as sample_main
-from dpo_cli.config.check import check_by
-from dpo_cli.config.command_checks import EVAL, GROUPS, SAMPLE
+from dpo_cli.config.check import TRAINING, check_by
+from dpo_cli.config.command_checks import DATA_CHECK, EVAL, GROUPS, SAMPLE
 from dpo_cli.config.compose.composition import Request, compose
 from dpo_cli.config.shipped import CONF_FOLDER, documented_keys
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "peft", "tensorboard")
-MAINS = {"sample": sample_main, "eval": eval_main}
+MAINS = {"sample": sample_main, "eval": eval_main, "data": data_main}
 _ANSWER_AND_LIST_MODULES = """
 import sys
 from dpo_cli.cli.{command} import main
@@ -43,7 +44,7 @@ def files(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["sample", "eval"])
+@pytest.mark.parametrize("command", ["sample", "eval", "data"])
 @pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--version"], 0), (["sampling.temp=1"], 2)])
 def test_a_quick_answer_imports_nothing_heavy(command: str, words: list[str], code: int) -> None:
     script = _ANSWER_AND_LIST_MODULES.format(command=command, heavy=HEAVY)
@@ -203,3 +204,45 @@ def test_a_launcher_is_not_needed(monkeypatch: pytest.MonkeyPatch, refused_by: R
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "starts its processes by itself" in refused_by("sample", *SAMPLE_WORDS)
+
+
+DATA = ("model=tiny", "data=local", "data.train=q.jsonl")
+DATA_CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "misspelt key": ((*DATA, "simlarity=0.5"), ("simlarity", "did you mean similarity?")),
+    "misspelt key of training": ((*DATA, "data.max_token=5"), ("did you mean max_tokens?",)),
+    "unknown finding": ((*DATA, "fail_on=[overlapp]"), ("no finding overlapp", "did you mean overlap?")),
+    "out of range": ((*DATA, "similarity=1.5"), ("similarity", "at most 1")),
+    "missing data": (("data=local", "data.train=p.jsonl"), ("p.jsonl", "did you mean q.jsonl?")),
+    "never written over": ((*DATA, "out=there.jsonl"), ("there already", "nothing is written over")),
+    "sweep": ((*DATA, "-m"), ("no -m",)),
+    "what no training could be": ((*DATA, "epochs=null", "max_steps=null"), ("would never end",)),
+    "nowhere to convert to": (("convert", "data.train=q.jsonl"), ("out must be given",)),
+    "unknown form": (("convert", "data.train=q.jsonl", "out=x.csv"), (".jsonl, .parquet",)),
+    "convert over a file": (("convert", "data.train=q.jsonl", "out=there.jsonl"), ("there already",)),
+    "convert with a model": (("convert", "data.train=q.jsonl", "out=x.jsonl", "model=tiny"), ("no key model",)),
+}
+
+
+@pytest.mark.parametrize("case", DATA_CASES)
+def test_bad_input_to_dpo_data_is_refused_with_a_way_out(case: str, refused_by: Refused) -> None:
+    words, expected = DATA_CASES[case]
+    said = refused_by("data", *words)
+    for part in expected:
+        assert part in said
+
+
+@pytest.mark.parametrize("words", [["--help"], ["convert", "--help"]])
+def test_help_of_dpo_data_fits_a_terminal(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert data_main(words) == 0
+    text = capsys.readouterr().out
+    name = "convert" if len(words) > 1 else "check"
+    for key in documented_keys(CONF_FOLDER / f"{name}.yaml"):
+        assert f"  {key.name}=" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_dpo_data_knows_every_key_of_training_and_its_own() -> None:
+    known = set(DATA_CHECK.known_keys({}))
+    assert known > set(TRAINING.known_keys({}))
+    own = {key.name for key in documented_keys(CONF_FOLDER / "check.yaml")}
+    assert known - set(TRAINING.known_keys({})) == own
