@@ -27,8 +27,8 @@ dpo-data: what training would make of a data set, without a model's weights and 
 Of the model only the tokenizer and config.json are read. Tokenised data stay in the store, so training starts at once.
 """
 _EXIT_CODES = """
-Exit codes: 0 nothing found that fail_on names, 1 something found, 2 bad input (unreadable, or nothing left to train on),
-130 stopped at once.
+Exit codes: 0 nothing found that fail_on names, 1 something found, 2 bad input (unreadable, or nothing left to train
+on), 130 stopped at once.
 """
 
 

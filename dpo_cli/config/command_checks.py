@@ -185,9 +185,7 @@ def _findings_are_known(values: Values) -> ConfigError | None:
     unknown = next((name for name in named if name not in known), None)
     if unknown is None:
         return None
-    return ConfigError(
-        f"There is no finding {unknown}.", where="fail_on", hint=suggest_choice(unknown, known)
-    )
+    return ConfigError(f"There is no finding {unknown}.", where="fail_on", hint=suggest_choice(unknown, known))
 
 
 def _form_is_known(values: Values) -> ConfigError | None:

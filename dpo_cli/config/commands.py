@@ -1,4 +1,4 @@
-"""The checked configurations of dpo-sample, dpo-eval and dpo-data: names, types and ranges. Defaults live in conf/ only."""
+"""The checked configurations of dpo-sample, dpo-eval and dpo-data: names, types, ranges. Defaults: conf/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of any supported form, written in one: prompt with chosen/rejected, responses, or completion, as JSONL or Parquet.
+"""Rows of any supported form, written in one, as JSONL or Parquet: a prompt with what is said to it.
 
 What is written gives the same tokens as what was read, under the same settings: the canonical rows are written that
 reading makes, so there is no second reader.

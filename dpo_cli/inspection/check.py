@@ -1,4 +1,4 @@
-"""dpo-data: read the data as training would, look at all of it, tell what is found, and judge by what it is to fail on."""
+"""dpo-data: read the data as training would, look at all of it, tell what is found, and judge."""
 
 from __future__ import annotations
 

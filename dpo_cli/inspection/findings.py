@@ -1,4 +1,4 @@
-"""What was found in a data set, under one name each, whether it was met while preparing rows or by looking at them all."""
+"""What was found in a data set, each under one name, whether met while preparing rows or by looking at all of them."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,20 +47,21 @@ class Summary:
 def summary_of(facts: SplitFacts, kind: ExampleKind) -> Summary:
     sides = dict(zip(SIDES[kind], (facts.best, facts.worst), strict=False))
     two = len(sides) == 2
+    parts: dict[str, NDArray[Any]] = {"prompt": facts.prompt, **sides, "example": facts.sizes}
     return Summary(
-        spreads={name: _spread(of) for name, of in {"prompt": facts.prompt, **sides, "example": facts.sizes}.items()},
+        spreads={name: _spread(tokens) for name, tokens in parts.items()},
         histogram=_histogram(facts.sizes),
         longer_wins=float((facts.best > facts.worst).mean()) if two else None,
         equal_lengths=float((facts.best == facts.worst).mean()) if two else None,
     )
 
 
-def _spread(tokens: NDArray[np.integer]) -> Spread:
+def _spread(tokens: NDArray[Any]) -> Spread:
     median, p90, p99 = np.percentile(tokens, [50, 90, 99]).tolist()
     return Spread(float(tokens.mean()), median, p90, p99, int(tokens.max()))
 
 
-def _histogram(tokens: NDArray[np.integer]) -> list[tuple[int, int, int]]:
+def _histogram(tokens: NDArray[Any]) -> list[tuple[int, int, int]]:
     """At most so many bars, of a width that is 1, 2 or 5 times a power of ten."""
     rough = max(1.0, (int(tokens.max()) + 1) / _BARS)
     power = 10 ** math.floor(math.log10(rough))

@@ -114,7 +114,7 @@ def overlap(train: StoredExamples, held_out: StoredExamples, *, similarity: floa
 
 @dataclass
 class _Said:
-    """What rows say: that of two responses to a prompt one is better. Of a single response, that it is, or is not, good."""
+    """What rows say: that of two responses to a prompt one is better; of a single one, that it is good or is not."""
 
     rows: array[int] = field(default_factory=lambda: array("q"))
     prompts: array[int] = field(default_factory=lambda: array("Q"))

@@ -92,7 +92,7 @@ def show_ends(
     _say(console, f"begin: BOS is {begins}; {train.found['two_bos'].rows:,} prompts have it twice")
     splits = [split for split in (report.train, report.eval) if split is not None]
     if any(source.chat_examples for split in splits for source in split.sources):
-        changed = sum(split.dropped["unstable_template"].rows for split in splits if "unstable_template" in split.dropped)
+        changed = sum(each.dropped["unstable_template"].rows for each in splits if "unstable_template" in each.dropped)
         told = "the prompt is rendered the same with and without a reply"
         _say(console, f"chat template: {told if not changed else f'changes the prompt or reply of {changed:,} rows'}")
         if report.before_reply.strip():
@@ -139,8 +139,8 @@ def show_epoch(
     _say(console, told)
     _say(
         console,
-        f"steps: {steps:,} of {min(config.global_pairs, examples):,} examples in {packed.micro_batches:.1f} micro-batches, "
-        f"{packed.filled:.0%} full (tokens_per_microbatch={config.tokens_per_microbatch:,})",
+        f"steps: {steps:,} of {min(config.global_pairs, examples):,} examples in {packed.micro_batches:.1f} "
+        f"micro-batches, {packed.filled:.0%} full (tokens_per_microbatch={config.tokens_per_microbatch:,})",
     )
     if isinstance(plan, str):
         _say(console, f"forecast: none. {plan}")

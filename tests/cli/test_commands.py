@@ -1,4 +1,4 @@
-"""dpo-sample, dpo-eval and dpo-data up to the moment at which they import torch: help, configuration, and every refusal."""
+"""dpo-sample, dpo-eval and dpo-data up to the moment at which they import torch: help, configuration, refusals."""
 
 from __future__ import annotations
 

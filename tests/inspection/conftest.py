@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.cli.data import main
 
+# What turns a terminal red.
+RED = "\x1b[31m"
 SPECIAL = ["<end>", "<s>", "<user>", "<reply>"]
 CHAT = (
     "{% for message in messages %}{{ '<user> ' if message['role'] == 'user' else '<reply> ' }}"
@@ -40,7 +42,7 @@ class Checked(NamedTuple):
 
 def save_tokenizer(folder: Path, template: str | None = CHAT) -> Path:
     words = [f"w{number}" for number in range(500)]
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL, "<unknown>", *words])}
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, "<unknown>", RED, *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens([AddedToken(each, normalized=False) for each in SPECIAL])

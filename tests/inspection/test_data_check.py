@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dpo_cli.config.check import check as checked_config
 from dpo_cli.config.compose.composition import Request, compose
-from dpo_cli.losses.types import ExampleKind
+from dpo_cli.forecast.plan import plan_run
+from dpo_cli.inspection.cost import run_cost
+from dpo_cli.inspection.measure import SplitFacts
 from dpo_cli.policy.tokenizer import load_tokenizer
 from dpo_cli.train.run_data import prepare_for
 
-from .conftest import CHAT_WITHOUT_THOUGHTS, Checked, pair, words
+from .conftest import CHAT_WITHOUT_THOUGHTS, RED, Checked, pair, words
 
 Check = Callable[..., Checked]
 CLEAN = [pair(words(at, at + 1), words(at + 2), words(at + 3)) for at in range(0, 40, 4)]
@@ -175,11 +181,11 @@ def test_lengths_and_tokens_are_those_of_the_rows(check: Check) -> None:
 
 
 def test_examples_show_what_is_scored_and_where_the_special_tokens_are(check: Check) -> None:
-    out = check([chat_row("w2 \x1b[31m w5")], "shown=1").out
+    out = check([chat_row(f"w2 {RED} w5")], "shown=1").out
     lines = [line.strip() for line in out.splitlines()]
     assert lines[lines.index("prompt: 3 tokens not scored, 2 of them special") + 1] == "<user> w1 <reply>"
     assert "chosen: 4 tokens scored, 1 of them special" in lines
-    assert "\x1b" not in out
+    assert "w2 \\x1b[31m w5 <end>" in lines
     assert "prompt: " not in check([chat_row("w2")], "shown=0").out
 
 
@@ -189,12 +195,68 @@ def test_a_model_without_sizes_has_no_forecast_and_is_no_error(check: Check) -> 
     assert "peak_bytes" not in done.result["forecast"]
 
 
+def test_examples_as_long_as_may_be_cost_what_the_forecast_of_a_step_says() -> None:
+    keys = ("model=tiny", "data.max_tokens=64", "tokens_per_microbatch=128", "hardware.device_tflops=2", "epochs=null")
+    more = ("hardware.device=cpu", "max_steps=5", "global_pairs=32", "optimizer.warmup_steps=0")
+    config = checked_config(compose(Request((*keys, *more))))
+    plan = plan_run(config)
+    half, pairs = np.full(32, 32), np.full(32, 96, dtype=np.int32)
+    attended = 32 * (32**2 / 2 + 2 * (32 * 32 + 32**2 / 2))
+    facts = SplitFacts({}, half, half, half, pairs, attended)
+    cost = run_cost(plan, facts, epochs=5, scores_reference=True)
+    assert cost.tokens == 5 * plan.step.tokens
+    assert cost.training_flops == pytest.approx(5 * plan.step.flops)
+    assert cost.reference_flops == pytest.approx(plan.step.flops / 3)
+    assert cost.seconds == pytest.approx((5 + 1 / 3) * plan.step.seconds(device_tflops=2, workers=1))
+
+
+@pytest.mark.timeout(900)
+def test_the_command_itself_on_the_embedded_example(tmp_path: Path) -> None:
+    called = [sys.executable, "-m", "dpo_cli.cli.data", f"store_dir={tmp_path / 'store'}", "out=found.json"]
+    done = subprocess.run(called, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "train: 3,964 pairs of 3,964 prompts" in done.stdout
+    assert "\x1b" not in done.stdout
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert result["findings"] == []
+    assert result["forecast"]["steps"] == 480
+    assert result["forecast"]["fits"]
+
+
+@pytest.fixture
+def qwen2(real_data: Path) -> tuple[str, ...]:
+    return "model=local", f"model.path={real_data / 'qwen2-tokenizer'}", "data=local"
+
+
+def test_demonstration_pairs_with_a_real_tokenizer(real_data: Path, qwen2: tuple[str, ...], check: Check) -> None:
+    done = check([], *qwen2, f"data.train={real_data / 'preferences' / 'dpo_en_demo.json'}")
+    assert done.code == 0, done.err
+    assert done.found["too_long"]["rows"] + done.result["data"]["train"]["examples"] == 300
+    assert done.found["duplicates"]["rows"] == 4
+    assert "chat template: the prompt is rendered the same with and without a reply" in done.out
+
+
+def test_gsm8k_pairs_with_a_real_tokenizer(real_data: Path, qwen2: tuple[str, ...], check: Check) -> None:
+    rows = []
+    for line in (real_data / "gsm8k" / "example_model_solutions.jsonl").read_text(encoding="utf-8").splitlines()[:400]:
+        problem = json.loads(line)
+        tried = [value for value in problem.values() if isinstance(value, dict)]
+        rows += [
+            {"question": problem["question"], "chosen": problem["ground_truth"], "rejected": each["solution"]}
+            for each in tried
+            if not each["is_correct"]
+        ]
+    done = check(rows, *qwen2, r"data.prompt_template=Question: {question}\n\nAnswer: ")
+    assert done.code == 0, done.err
+    # The template ends in a space, which Qwen2 puts into the reply's first token.
+    assert done.found["boundary_shifted"]["rows"] > 0.9 * len(rows)
+
+
 def test_training_finds_the_data_prepared(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(CLEAN).code == 0
     monkeypatch.chdir(tmp_path)
     keys = ("model=local", "model.path=./model", "data=local", "data.train=pairs.jsonl", "data.eval_fraction=0")
     config = checked_config(compose(Request((*keys, f"store_dir={tmp_path / 'store'}"))))
     tokenizer = load_tokenizer(tmp_path / "model")
-    kind: ExampleKind = "pair"
-    prepared = prepare_for(config, config.data, kind, tokenizer, frozenset({0}))
+    prepared = prepare_for(config, config.data, "pair", tokenizer, frozenset({0}))
     assert prepared.report.from_cache

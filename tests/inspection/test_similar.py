@@ -16,7 +16,7 @@ def ids(*values: int) -> Any:
 
 @pytest.fixture(scope="module")
 def texts() -> list[tuple[Any, ...]]:
-    """A thousand documents of three parts, then each of the first three hundred again with a token of each part changed."""
+    """A thousand documents of three parts, then the first three hundred again, a token of each part changed."""
     rng = np.random.default_rng(0)
     made = [tuple(rng.integers(0, 30000, size).astype(np.int32) for size in (60, 150, 100)) for _ in range(1000)]
     for document in made[:300]:
