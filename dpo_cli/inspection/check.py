@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from dpo_cli.batch.order import steps_per_epoch
 from dpo_cli.config.commands import DataCheckConfig
 from dpo_cli.data.arrow_store import StoredExamples
 from dpo_cli.data.prepare import PreparedData
@@ -84,8 +85,8 @@ def check_data(config: DataCheckConfig, console: Console | None = None) -> None:
     plan = _plan(config)
     cost = None
     if isinstance(plan, Plan):
-        share = steps * config.global_pairs / len(prepared.train)
-        cost = run_cost(plan, facts["train"], epochs=share, scores_reference=declaration.needs_reference)
+        epochs = steps / steps_per_epoch(len(prepared.train), config.global_pairs)
+        cost = run_cost(plan, facts["train"], epochs=epochs, scores_reference=declaration.needs_reference)
 
     show_sources(console, prepared.report)
     if config.data.generator is not None:
