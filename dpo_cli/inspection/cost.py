@@ -31,8 +31,6 @@ def run_cost(plan: Plan, facts: SplitFacts, *, epochs: float, scores_reference: 
     seconds = None
     if plan.device_tflops is not None:
         workers = plan.layout.workers
-        seconds = sum(
-            times * work.seconds(device_tflops=plan.device_tflops, workers=workers) for work, times in parts
-        )
+        seconds = sum(times * work.seconds(device_tflops=plan.device_tflops, workers=workers) for work, times in parts)
     training, *scoring = [times * work.flops for work, times in parts]
     return RunCost(int(tokens * epochs), training, sum(scoring), seconds)

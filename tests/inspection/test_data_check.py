@@ -14,6 +14,7 @@ import pytest
 
 from dpo_cli.config.check import check as checked_config
 from dpo_cli.config.compose.composition import Request, compose
+from dpo_cli.forecast.cost import Batch, scoring_work
 from dpo_cli.forecast.plan import plan_run
 from dpo_cli.inspection.cost import run_cost
 from dpo_cli.inspection.measure import SplitFacts
@@ -206,8 +207,12 @@ def test_examples_as_long_as_may_be_cost_what_the_forecast_of_a_step_says() -> N
     cost = run_cost(plan, facts, epochs=5, scores_reference=True)
     assert cost.tokens == 5 * plan.step.tokens
     assert cost.training_flops == pytest.approx(5 * plan.step.flops)
-    assert cost.reference_flops == pytest.approx(plan.step.flops / 3)
-    assert cost.seconds == pytest.approx((5 + 1 / 3) * plan.step.seconds(device_tflops=2, workers=1))
+    scoring = scoring_work(plan.shape, Batch.of([(32, 32, 32)] * 32))
+    assert cost.reference_flops == pytest.approx(scoring.flops)
+    assert cost.seconds == pytest.approx((5 * plan.step.flops + scoring.flops) / (0.4 * 2e12))
+    assert run_cost(plan, facts, epochs=0.5, scores_reference=False).training_flops == pytest.approx(
+        plan.step.flops / 2
+    )
 
 
 @pytest.mark.timeout(900)
