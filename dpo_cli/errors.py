@@ -11,6 +11,8 @@ from collections.abc import Sequence
 EXIT_FOUND = 1
 EXIT_BAD_INPUT = 2
 EXIT_NON_FINITE = 3
+# Not that of a signal: resuming a run that ended itself is a decision, not something to try again later.
+EXIT_ENDED_EARLY = 4
 # sysexits' EX_TEMPFAIL: "try again later", which is what resuming does.
 EXIT_INTERRUPTED = 75
 
@@ -86,6 +88,12 @@ class NonFiniteError(DpoError):
     """A loss or gradient became NaN or infinite; the weights were not moved."""
 
     exit_code = EXIT_NON_FINITE
+
+
+class EndedEarly(DpoError):
+    """The run ended itself before its last step, as health.stop_on asks; checkpoint and final model are written."""
+
+    exit_code = EXIT_ENDED_EARLY
 
 
 class Interrupted(DpoError):

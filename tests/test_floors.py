@@ -21,6 +21,7 @@ FLOORS = {
     "train.schedule": 0,
     "data.example": 0,
     "example": 0,
+    "health": 0,
     "config": 1,
     "data": 1,
     "policy": 2,

@@ -38,8 +38,8 @@ _TAIL = """
 Text with braces, commas or line breaks goes into single quotes, so that the shell leaves it alone:
   'data.prompt_template=Question: {question}\\n\\nAnswer: '
 
-Exit codes: 0 done, 2 bad input (nothing was trained), 3 a loss or gradient that is not finite, 75 stopped by a signal
-after saving (resume it), 130 stopped at once.
+Exit codes: 0 done, 2 bad input (nothing was trained), 3 a loss or gradient that is not finite, 4 ended early by
+health.stop_on, 75 stopped by a signal after saving (resume it), 130 stopped at once.
 """
 _WIDTH = 110
 

@@ -14,13 +14,15 @@ from dpo_cli.config.compose.overrides import expand_sweep, parse_overrides
 from dpo_cli.config.schema import Config
 from dpo_cli.config.secrets import mask
 from dpo_cli.config.shipped import is_shipped
-from dpo_cli.errors import ConfigError, DpoError
+from dpo_cli.errors import EXIT_ENDED_EARLY, ConfigError, DpoError
 
 Train = Callable[[Config], None]
 
 
 def sweep(request: Request, *, train: Train) -> None:
     """Check every job, then run them one after the other; the first that fails ends the sweep.
+
+    One that health.stop_on has ended early has not failed.
 
     Raises ConfigError when any job's settings are wrong, before any of them starts, and whatever a job raises.
     """
@@ -37,7 +39,10 @@ def sweep(request: Request, *, train: Train) -> None:
         create_run_folder(config, replace(request, overrides=tuple(job)))
         try:
             train(config)
-        except (DpoError, KeyboardInterrupt):
+        except (DpoError, KeyboardInterrupt) as error:
+            if isinstance(error, DpoError) and error.exit_code == EXIT_ENDED_EARLY:
+                print(error, file=sys.stderr)
+                continue
             left = len(jobs) - number - 1
             print(f"The sweep stops at job {number}, before {left} more.", file=sys.stderr)
             print(f"Go on with this job: dpo-train resume={config.run_dir}", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Any
 from dpo_cli.config.machine_checks import MACHINE_CHECKS, Check, Values
 from dpo_cli.config.suggest import closest, suggest_choice
 from dpo_cli.errors import ConfigError
+from dpo_cli.health.monitor import FINDINGS
 from dpo_cli.paths import PACKAGE_SCHEME, resolve_path
 
 FILE_ENDINGS = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".zst")
@@ -192,6 +193,20 @@ def others_to_compare_with(values: Values) -> ConfigError | None:
     )
 
 
+def findings_are_looked_for(values: Values) -> ConfigError | None:
+    unknown = [name for name in values["health.stop_on"] if name not in FINDINGS]
+    if unknown:
+        hint = suggest_choice(unknown[0], FINDINGS)
+        return ConfigError(f"There is no finding {unknown[0]}.", where="health.stop_on", hint=hint)
+    if values["health.enabled"] or not values["health.stop_on"]:
+        return None
+    return ConfigError(
+        "health.stop_on names findings that end the run, and health.enabled=false looks for none.",
+        where="health.stop_on",
+        hint="health.enabled=true or health.stop_on=[]",
+    )
+
+
 def resume_stands_alone(values: Values) -> ConfigError | None:
     if values["resume"] is None:
         return None
@@ -205,6 +220,7 @@ def resume_stands_alone(values: Values) -> ConfigError | None:
 CHECKS: tuple[Check, ...] = (
     (rows_fit_a_microbatch, ("data.max_tokens", "tokens_per_microbatch")),
     (training_ends, ("epochs", "max_steps")),
+    (findings_are_looked_for, ("health.enabled", "health.stop_on")),
     (warmup_ends, ("optimizer.warmup_steps", "max_steps")),
     (adapter_names_its_reference, ("model.adapter", "model.reference")),
     (base_reference_has_an_adapter, ("model.adapter", "model.reference")),

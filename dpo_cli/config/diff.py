@@ -30,6 +30,7 @@ FREE_ON_RESUME = (
     "data.workers",
     "eval.task",
     "eval.task.",
+    "health.",
     "hardware.",
     "logger",
     "logger.",

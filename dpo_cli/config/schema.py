@@ -66,6 +66,13 @@ class EvalSection(Section):
     task: Annotated[TaskConfig | None, BeforeValidator(lambda value: _off_without(value, "problems"))]
 
 
+class HealthConfig(Section):
+    """What is told of a run's metrics. stop_on: names of dpo_cli.health.monitor.FINDINGS."""
+
+    enabled: bool
+    stop_on: Annotated[tuple[Name, ...], Field(strict=False)]
+
+
 # A path, or a list of paths or of {path, weight, ...}.
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(lambda value: _as_sources(value))]
 
@@ -212,6 +219,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     eval: EvalSection
+    health: HealthConfig
     loss: LossConfig
     rollout: RolloutConfig
     optimizer: OptimizerConfig

@@ -49,7 +49,8 @@ def pdpo_loss(
     advantage_clip: > 0, advantages are cut to [-advantage_clip, advantage_clip].
     label_smoothing, nll_alpha: of DPO.
     Returns with pairs the rewards and the part loss/dpo; with samples the parts loss/generator (before its weight),
-    generator/active_fraction (gap > 0) and generator/reward_gap.
+    generator/active_fraction (gap > 0), generator/reward_gap, and generator/kl: the mean of log(policy / reference) of
+    samples, which for samples of the policy itself estimates KL(policy, reference) without bias, in nats a response.
     Raises LossInputError when reference logps are absent.
     Source: our own; the discriminator is DPO, arXiv:2305.18290, the leave-one-out baseline RLOO, arXiv:2402.14740.
     """
@@ -58,7 +59,8 @@ def pdpo_loss(
         return LossValues(values.values, values.rewards, {"loss/dpo": values.values.detach(), **values.parts})
     weight = gamma * min(1.0, (batch.step + 1) / gamma_warmup_steps) if gamma_warmup_steps else gamma
     truth = beta * log_ratio(batch.truth_policy, batch.truth_reference).detach()
-    reward = beta * log_ratio(batch.policy, batch.reference)
+    ratio = log_ratio(batch.policy, batch.reference)
+    reward = beta * ratio
     gap = truth - reward
     if generator == "hinge":
         term = gap.relu()
@@ -72,6 +74,7 @@ def pdpo_loss(
         "loss/generator": term.detach(),
         "generator/active_fraction": (gap > 0).to(gap.dtype),
         "generator/reward_gap": gap.detach(),
+        "generator/kl": ratio.detach(),
     }
     return LossValues(weight * term, None, parts)
 

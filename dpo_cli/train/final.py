@@ -10,11 +10,12 @@ from typing import Any
 
 import dpo_cli
 from dpo_cli.config.schema import Config
-from dpo_cli.errors import CheckpointError
+from dpo_cli.errors import CheckpointError, EndedEarly
 from dpo_cli.policy.export import FinalState, export_final
 from dpo_cli.policy.load import LoadedModel
 from dpo_cli.policy.model_card import Result, model_card
 from dpo_cli.rollout.statistics import Difference
+from dpo_cli.train.health_watch import HEALTH
 from dpo_cli.train.metrics_log import read_metrics
 from dpo_cli.train.objective import Objective
 from dpo_cli.train.parts import reference_name
@@ -25,9 +26,27 @@ _NOTE = "dpo_run.json"
 
 
 def completed_run(config: Config, run_dir: Path) -> Path | None:
-    """The final model, if it is there and of a training as long as `config` asks for now."""
+    """The final model, if it is there and of a training as long as `config` asks for now.
+
+    Raises EndedEarly where a finding that `config` names has ended it before.
+    """
     note = _read_note(run_dir)
-    return run_dir / FINAL if note is not None and note["length"] == _length(config) else None
+    if note is None or note["length"] != _length(config):
+        return None
+    if note["ended_by"] is None:
+        return run_dir / FINAL
+    if note["ended_by"] in config.health.stop_on:
+        raise ended_early(run_dir, step=note["step"], name=note["ended_by"])
+    return None
+
+
+def ended_early(run_dir: Path, *, step: int, name: str) -> EndedEarly:
+    """What is told of a run that the finding `name` has ended."""
+    return EndedEarly(
+        f"Ended after step {step}, as health.stop_on asks: {name}. The checkpoint and final/ are of that step.",
+        where=str(run_dir / HEALTH),
+        hint=f"what it says there, in a new run; or dpo-train resume={run_dir} health.stop_on=[], which goes on",
+    )
 
 
 def write_final(
@@ -37,16 +56,21 @@ def write_final(
     *,
     run_dir: Path,
     step: int,
+    ended_by: str | None,
     difference: Difference | None,
     state: FinalState,
 ) -> Path:
-    """Export the policy to run_dir/final, whole and verified; a final model that was there keeps its step as a name."""
+    """Export the policy to run_dir/final, whole and verified; a final model that was there keeps its step as a name.
+
+    ended_by: the finding that ended the run before its last step; None where none did.
+    """
     final = run_dir / FINAL
     before = _read_note(run_dir)
     if before is not None:
         final.rename(run_dir / f"{FINAL}-step-{before['step']:08d}")
     card = card_of(config, objective, run_dir=run_dir, difference=difference)
-    export_final(policy, final, card=card, state=state, notes={_NOTE: {"step": step, "length": _length(config)}})
+    note = {"step": step, "length": _length(config), "ended_by": ended_by}
+    export_final(policy, final, card=card, state=state, notes={_NOTE: note})
     return final
 
 
@@ -76,7 +100,7 @@ def _read_note(run_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         note: dict[str, Any] = json.loads((run_dir / FINAL / _NOTE).read_bytes())
-        return {"step": int(note["step"]), "length": note["length"]}
+        return {"step": int(note["step"]), "length": note["length"], "ended_by": note.get("ended_by")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{FINAL}/ holds something that this tool did not write: {error}.",

@@ -15,6 +15,7 @@ from dpo_cli.train.batch_loss import BatchLoss, Normalisers
 from dpo_cli.train.checkpoint import Checkpoint, CheckpointStore
 from dpo_cli.train.console import RunConsole
 from dpo_cli.train.generator import BUFFER, Generator, GeneratorBatch
+from dpo_cli.train.health_watch import HealthWatch
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.metrics_log import MetricsLog
 from dpo_cli.train.micro_batch import PreferenceData
@@ -49,12 +50,14 @@ class Progress:
 
     window: metrics since the last line of training metrics. evaluation_due: the held-out metrics of this step are
     still to be taken, as they are before the first step, or when a stop was requested before they were done.
+    ended: a finding has ended the run before its last step; of a resumed run, its metrics tell.
     """
 
     step: int = 0
     tokens: int = 0
     window: MetricSums = field(default_factory=MetricSums)
     evaluation_due: bool = True
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,16 @@ class Training:
     schedule: Callable[[int], float]
     checkpoints: CheckpointStore
     metrics: MetricsLog
+    health: HealthWatch | None
     trackers: Trackers
     console: RunConsole
     stop: StopRequest
 
     def run(self, progress: Progress) -> None:
-        """Train from `progress` to the last step. Raises Interrupted after saving when a stop was requested."""
+        """Train from `progress` to the last step, or to where a finding ends the run.
+
+        Raises Interrupted after saving when a stop was requested.
+        """
         settings = self.settings
         if progress.evaluation_due:
             self._evaluate(progress)
@@ -87,7 +94,7 @@ class Training:
             self.stop.check(self.stop.kept)
         clock = _Clock()
         with self.stop.deferred(), self.console.progress("training", settings.total_steps, progress.step):
-            while progress.step < settings.total_steps:
+            while progress.step < settings.total_steps and not progress.ended:
                 written = self._written(progress.step)
                 if self.generator is not None:
                     clock.sampled()
@@ -108,13 +115,14 @@ class Training:
                     micros, self.engine, step=progress.step, counts=Normalisers.counts(indices, written.sampled)
                 )
                 learning_rate = self.schedule(progress.step)
-                # What the ranks must agree on travels with the loss.
-                agreed = (outcome.tokens, self.stop.requested is not None)
+                # What the ranks must agree on travels with the loss; of findings the main rank alone knows.
+                unhealthy = self.health is not None and self.health.ends is not None
+                agreed = (outcome.tokens, self.stop.requested is not None, unhealthy)
                 result = self.engine.step(learning_rate, outcome.loss, agreed)
                 if not result.sound:
                     raise self.loss.blame(micros, self.engine)
 
-                tokens, stops = map(int, result.beside)
+                tokens, stops, ends = map(int, result.beside)
                 progress.step += 1
                 progress.tokens += tokens
                 progress.window.merge(outcome.metrics)
@@ -124,7 +132,10 @@ class Training:
                     progress.window.add("loss", torch.full((), result.loss, device=self.loss.device))
                 clock.step_done(tokens)
                 stopping = stops > 0 and self.stop.agreed(self.ranks)
-                last = progress.step == settings.total_steps
+                progress.ended = ends > 0 and progress.step < settings.total_steps
+                last = progress.ended or progress.step == settings.total_steps
+                if progress.ended:
+                    self.console.say(f"health.stop_on: the run ends here, after step {progress.step}")
                 if last or _due(progress.step, settings.log_every):
                     timing = clock.read()
                     self._log(progress, {"grad_norm": result.gradient_norm, "learning_rate": learning_rate, **timing})
@@ -147,6 +158,17 @@ class Training:
     def _written(self, step: int) -> GeneratorBatch:
         """What the policy has written for this step."""
         return GeneratorBatch((), MetricSums()) if self.generator is None else self.generator.batch(step)
+
+    def ended_before(self, step: int) -> bool:
+        """Whether a finding of an earlier step has ended the run; all ranks hear what the main one knows."""
+        if self.health is None:
+            return False
+        ends = self.health.ends
+        return self.ranks.broadcast(ends is not None and ends.step < step < self.settings.total_steps)
+
+    def ended_by(self) -> str | None:
+        """The finding that has ended the run; all ranks hear what the main one knows."""
+        return self.ranks.broadcast(None if self.health is None or self.health.ends is None else self.health.ends.name)
 
     def restore(self, checkpoint: Checkpoint) -> Progress:
         """Put weights, optimiser and random state back; the position comes back as Progress."""
@@ -227,6 +249,8 @@ class Training:
         self.metrics.append(step=step, split=split, values=metrics)
         self.trackers.log(step, split, metrics)
         self.console.metrics(step, self.settings.total_steps, split, metrics)
+        if self.health is not None:
+            self.health.after({"step": step, "split": split, **metrics})
 
     def _with_derived(self, metrics: dict[str, float]) -> dict[str, float]:
         """Unpaired examples have no margin each; that of their means is what can be said."""

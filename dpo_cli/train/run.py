@@ -36,7 +36,8 @@ from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.checkpoint import CheckpointStore
 from dpo_cli.train.console import RunConsole
 from dpo_cli.train.device import choose_device, describe, environment, make_repeatable, memory_of
-from dpo_cli.train.final import FINAL, completed_run, write_final
+from dpo_cli.train.final import FINAL, completed_run, ended_early, write_final
+from dpo_cli.train.health_watch import HealthWatch
 from dpo_cli.train.loop import LoopSettings, Progress, Training
 from dpo_cli.train.metrics_log import MetricsLog
 from dpo_cli.train.micro_batch import PreferenceData
@@ -69,7 +70,8 @@ def run_training(
     """Train as `config` says, in `run_dir`, from where that folder stands: from nothing, or from its last checkpoint.
 
     ranks: the processes that train together, each of which calls this; None: this one alone.
-    Raises a DpoError for whatever the user can mend, Interrupted (exit code 75) after a signal.
+    Raises a DpoError for whatever the user can mend, Interrupted (exit code 75) after a signal, EndedEarly (4) where a
+    finding ended the run.
     """
     run = _Run(config, run_dir, console or RunConsole(), StopRequest(), ranks or SoleRank())
     try:
@@ -163,6 +165,7 @@ class _Run:
                     self.run_dir / "checkpoints", keep=config.keep_checkpoints, ranks=self.ranks, notify=say
                 ),
                 metrics=alive.enter_context(MetricsLog(self.run_dir / "metrics.jsonl")),
+                health=HealthWatch.of(config, self.run_dir, say, alive),
                 trackers=alive.enter_context(
                     Trackers.of(config.logger if self.ranks.is_main else LoggerConfig(), self.run_dir)
                 ),
@@ -174,6 +177,7 @@ class _Run:
             if progress.step == 0:
                 self._check_start(training)
             training.run(progress)
+            ended_by = training.ended_by() if progress.ended else None
         self.stop.kept = f"All {progress.step} steps are saved; the final model is still to be written."
         difference = None if task is None else task.after(engine, self.console)
         lora = config.model.lora
@@ -185,10 +189,13 @@ class _Run:
                 config,
                 run_dir=self.run_dir,
                 step=progress.step,
+                ended_by=ended_by,
                 difference=difference,
                 state=state,
             )
         self.ranks.barrier()
+        if ended_by is not None:
+            raise ended_early(self.run_dir, step=progress.step, name=ended_by)
         say(f"done in {_duration(time.monotonic() - began)}: {self.run_dir / FINAL}")
 
     def _forecast(self, device: torch.device) -> None:
@@ -363,6 +370,9 @@ class _Run:
             training.metrics.truncate_after(last, evaluation_due=progress.evaluation_due)
             if training.generator is not None:
                 training.generator.log.truncate_after(last)
+            if training.health is not None:
+                training.health.repeat(training.metrics.path)
+        progress.ended = training.ended_before(progress.step)
         training.trackers.begin(progress.step)
         return progress
 

@@ -129,6 +129,7 @@ def test_parts_are_told_before_their_weight() -> None:
     np.testing.assert_allclose(parts["loss/generator"], np.maximum(truth - reward, 0), atol=1e-14)
     np.testing.assert_allclose(parts["generator/reward_gap"], truth - reward, atol=1e-14)
     assert parts["generator/active_fraction"].mean() == (reward < truth).mean()
+    np.testing.assert_allclose(parts["generator/kl"], reward / BETA, atol=1e-14)
 
 
 def test_pairs_are_dpos() -> None:

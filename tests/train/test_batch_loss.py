@@ -420,7 +420,7 @@ def test_what_the_policy_wrote_is_in_no_metric_of_the_data() -> None:
     beside = gradient(PDPO, micros)[2].means()
     assert {name: beside[name] for name in alone} == pytest.approx(alone, rel=1e-12)
     assert set(beside) - set(alone) == {
-        "loss/dpo", "loss/generator", "generator/active_fraction", "generator/reward_gap"
+        "loss/dpo", "loss/generator", "generator/active_fraction", "generator/reward_gap", "generator/kl"
     }  # fmt: skip
 
 
