@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import dpo_cli
 from dpo_cli.cli.train import main as dpo_train
 from dpo_cli.data.arithmetic import Problem, Split, problems
 from dpo_cli.rollout.generate import Sampling, generate
@@ -20,10 +21,20 @@ from dpo_cli.rollout.noise import stream
 from dpo_cli.rollout.verify import extract_answer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from make_example import MAX_NEW_TOKENS, TRAINING, make_untrained_model, write_demonstrations, write_rows
+from make_example import (
+    MAX_NEW_TOKENS,
+    TRAINING,
+    make_untrained_model,
+    write_demonstrations,
+    write_rows,
+)
+
+EXAMPLE = Path(dpo_cli.__file__).parent / "example"
 
 # In tokens; what is longer is cut and counts as not ended.
 LONGEST_ANSWER = MAX_NEW_TOKENS
+# Problems that are sorted into solved and unsolved ones, for a generator with prompts of its own.
+PROMPTS_OF_TRUTHS = 3000
 
 # Rows of preference data, as the tool reads them.
 Pairs = list[dict[str, str]]
@@ -69,7 +80,7 @@ class Task:
 
 
 def make_base(folder: Path, sizes: Sizes, *, seed: int) -> None:
-    """Fill `folder` as far as it is not: base/final, pairs by what was chosen (truth or the model's own), base.json."""
+    """Fill `folder` as far as it is not: base/final, truth.jsonl, truth-heldout.jsonl, base.json."""
     if (folder / "base.json").exists():
         return
     base = folder / "base" / "final"
@@ -86,12 +97,36 @@ def make_base(folder: Path, sizes: Sizes, *, seed: int) -> None:
     posed = problems("preferences", seed=seed, count=sizes.preference_problems)
     for name, asked in (("", posed), ("-heldout", held_out(sizes, seed=seed))):
         answers = answer(base, asked, samples=sizes.samples_per_problem, seed=seed)
-        for kind, pairs in (("truth", pairs_with_truth), ("own", pairs_with_own_answer)):
-            rows = pairs(asked, answers)
-            write_rows(folder / f"{kind}{name}.jsonl", rows)
-            told[f"{kind}{name}"] = len(rows)
+        rows = pairs_with_truth(asked, answers)
+        write_rows(folder / f"truth{name}.jsonl", rows)
+        told[f"truth{name}"] = len(rows)
         told[f"sampled_accuracy{name}"] = share_right(asked, answers)
     (folder / "base.json").write_text(json.dumps(told))
+
+
+def copy_example(folder: Path) -> None:
+    """Fill `folder` with the embedded example's base and pairs: one for all seeds, and nothing of it is made."""
+    if (folder / "base.json").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(EXAMPLE / "base", folder / "base" / "final")
+    told = {}
+    for name, rows in (("own", "pairs.jsonl"), ("own-heldout", "heldout.jsonl")):
+        told[name] = len((EXAMPLE / rows).read_text(encoding="utf-8").splitlines())
+        shutil.copyfile(EXAMPLE / rows, folder / f"{name}.jsonl")
+    (folder / "base.json").write_text(json.dumps(told))
+
+
+def make_truths(folder: Path) -> None:
+    """Prompts with their worked solution, of the first problems: solved.jsonl, where no sample of the base was wrong,
+    and unsolved.jsonl, where none was right. No pairs of the base's own answers come from either."""
+    if (folder / "unsolved.jsonl").exists():
+        return
+    posed = problems("preferences", seed=0, count=PROMPTS_OF_TRUTHS)
+    answers = answer(folder / "base" / "final", posed, samples=Sizes.samples_per_problem, seed=0)
+    found = list(ended_answers(posed, answers))
+    write_demonstrations(folder / "solved.jsonl", [problem for problem, _, wrong in found if not wrong])
+    write_demonstrations(folder / "unsolved.jsonl", [problem for problem, right, _ in found if not right])
 
 
 def begin_base(folder: Path, sizes: Sizes, *, seed: int) -> None:
@@ -199,13 +234,4 @@ def pairs_with_truth(posed: Sequence[Problem], answers: Answers) -> Pairs:
         {"prompt": problem.prompt, "chosen": problem.solution, "rejected": wrong[0]}
         for problem, _, wrong in ended_answers(posed, answers)
         if wrong
-    ]
-
-
-def pairs_with_own_answer(posed: Sequence[Problem], answers: Answers) -> Pairs:
-    """Chosen: the model's first right answer. Rejected: its first wrong one."""
-    return [
-        {"prompt": problem.prompt, "chosen": right[0], "rejected": wrong[0]}
-        for problem, right, wrong in ended_answers(posed, answers)
-        if right and wrong
     ]

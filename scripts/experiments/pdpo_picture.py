@@ -1,4 +1,4 @@
-"""The results of the PDPO experiment as docs/pdpo.svg and docs/pdpo.png: accuracy against gamma, and what it costs."""
+"""The results of the PDPO experiment as docs/pdpo_*.svg and docs/pdpo_*.png: accuracy by gamma, and what it costs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pdpo_runs import Row
+from pdpo_studies import Study
 from pdpo_table import METHODS, Estimate, Setting, find, paired, settings_of
 
 # Okabe and Ito's palette: told apart by eyes of every kind. Each method also has a shape or a dash of its own.
@@ -17,16 +18,21 @@ LINES = {"base": ("#000000", ":"), "dpo": ("#0072B2", "-"), "dpo_all": ("#56B4E9
 POINTS = {"hinge": ("#D55E00", "o"), "unhinged": ("#CC79A7", "s"), "policy_gradient": ("#E69F00", "^")}
 
 
-def draw(rows: Sequence[Row], docs: Path) -> None:
-    """Of the test seeds, or of the grid while there are none.
+def draw(study: Study, rows: Sequence[Row], docs: Path) -> None:
+    """A study's test seeds, or its grid while there are none; no picture where nothing has been run.
 
     A column a beta, each on scales of its own; above the gain, below what became of the chosen responses.
     """
+    rows = [row for row in rows if study.owns(row)]
+    if not rows:
+        return
     split = "test" if any(row["split"] == "test" for row in rows) else "validation"
     settings = [setting for setting in settings_of(rows, split=split) if not setting.options]
     betas = sorted({setting.beta for setting in settings if setting.beta is not None})
     gammas = sorted({setting.gamma for setting in settings if setting.gamma is not None})
-    mpl.rcParams.update({"font.size": 10, "svg.hashsalt": "pdpo", "axes.spines.top": False, "axes.spines.right": False})
+    mpl.rcParams.update(
+        {"font.size": 10, "svg.hashsalt": study.pairs, "axes.spines.top": False, "axes.spines.right": False}
+    )
     figure = Figure(figsize=(3.2 * len(betas) + 1.2, 6.6), layout="constrained")
     grid = figure.subplots(2, len(betas), sharex=True, squeeze=False)
     for column, beta in enumerate(betas):
@@ -45,8 +51,8 @@ def draw(rows: Sequence[Row], docs: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     docs.mkdir(parents=True, exist_ok=True)
     # Without a date the same results give the same file.
-    figure.savefig(docs / "pdpo.svg", metadata={"Date": None})
-    figure.savefig(docs / "pdpo.png", dpi=110, metadata={"Software": None})
+    figure.savefig(docs / f"pdpo_{study.pairs}.svg", metadata={"Date": None})
+    figure.savefig(docs / f"pdpo_{study.pairs}.png", dpi=110, metadata={"Software": None})
 
 
 def gain(setting: Setting, settings: Sequence[Setting]) -> Estimate | None:

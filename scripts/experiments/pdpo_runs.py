@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pdpo_base import LONGEST_ANSWER, Sizes, examine, make_base, posed_problems, train
+from pdpo_base import LONGEST_ANSWER, Sizes, copy_example, examine, make_base, make_truths, posed_problems, train
 
 from dpo_cli.data.arithmetic import Split
 from dpo_cli.train.metrics_log import read_metrics
@@ -31,20 +31,20 @@ class Case:
 
     method: base (no training), sft (imitates the chosen responses), dpo_all (on all pairs), dpo (on the pairs that
         PDPO's discriminator sees), dpo_nll (on all pairs, alpha 1), or the generator of PDPO.
-    pairs: truth (chosen is the worked solution) or own (the base's own right answer).
+    pairs: truth (chosen is the worked solution) or own (the base's own most frequent right answer).
     options: further words for dpo-train.
     """
 
     seed: int
     split: Split
     method: str
-    beta: float | None = None
-    gamma: float | None = None
-    learning_rate: float = 1e-4
-    steps: int = 80
-    pairs_per_step: int = 16
-    pairs: str = "truth"
-    base: str = "quick"
+    beta: float | None
+    gamma: float | None
+    learning_rate: float
+    steps: int
+    pairs_per_step: int
+    pairs: str
+    base: str
     options: tuple[str, ...] = ()
 
     @property
@@ -109,7 +109,7 @@ class Case:
 class Workshop:
     """The folder of an experiment: bases/, and results.jsonl, to which every finished case adds a line.
 
-    sizes: of each kind of base.
+    sizes: of each kind of base that is made anew for every seed; the others are the embedded example's.
     """
 
     folder: Path
@@ -121,6 +121,10 @@ class Workshop:
 
     def base(self, kind: str, seed: int) -> Path:
         """The folder of a base, which is made if it is not there."""
+        if kind not in self.sizes:
+            folder = self.folder / "bases" / kind
+            copy_example(folder)
+            return folder
         folder = self.folder / "bases" / f"{kind}-{seed}"
         make_base(folder, self.sizes[kind], seed=seed)
         return folder
@@ -148,11 +152,15 @@ class Workshop:
             told: Row = {"made_of": json.loads((folder / "base.json").read_text(encoding="utf-8"))}
         else:
             shutil.rmtree(run, ignore_errors=True)
+            if any(word.startswith("data.generator=") for word in case.options):
+                make_truths(folder)
             train(case.words(), folder)
             told, model = metrics_of(run), run / "final"
         # Of the processor, not of the clock: other programs may be running.
         told["train_cpu_seconds"] = round(time.process_time() - began, 1)
-        told.update(asdict(examine(model, posed_problems(case.split, self.sizes[case.base], seed=case.seed))))
+        told.update(
+            asdict(examine(model, posed_problems(case.split, self.sizes.get(case.base, Sizes()), seed=case.seed)))
+        )
         shutil.rmtree(run, ignore_errors=True)
         return told
 

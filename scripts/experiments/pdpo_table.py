@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pdpo_runs import Case, Row
+from pdpo_runs import Row
+from pdpo_studies import STUDIES
 
 BEGIN, END = "<!-- tables: scripts/experiments/pdpo.py -->", "<!-- end of tables -->"
 VERSIONS = ("torch", "transformers", "numpy")
-# What all of the grid and the test have in common.
-SETTLED = ("steps", "pairs_per_step", "pairs", "base")
+TRIED = ("steps", "pairs_per_step", "pairs", "base")
 METHODS = {
     "base": "base",
     "sft": "SFT on the chosen answers",
@@ -67,18 +67,13 @@ def settings_of(rows: Iterable[Row], *, split: str) -> list[Setting]:
     """The settings of a split, in the order of METHODS, with their seeds gathered."""
     found: dict[tuple[Any, ...], Setting] = {}
     for row in rows:
-        if row["split"] == split and not is_trial(row):
+        if row["split"] == split:
             key = (row["method"], row["beta"], row["gamma"], row["learning_rate"], tuple(row["options"]))
             found.setdefault(key, Setting(*key, rows={})).rows[row["seed"]] = row
     order = list(METHODS)
     return sorted(
         found.values(), key=lambda s: (order.index(s.method), s.gamma or 0, s.learning_rate, s.options, s.beta or 0)
     )
-
-
-def is_trial(row: Row) -> bool:
-    """Whether it was run with other sizes or pairs than the grid and the test, before these were settled."""
-    return any(row[field.name] != field.default for field in fields(Case) if field.name in SETTLED)
 
 
 def find(settings: Iterable[Setting], method: str, beta: float | None) -> Setting | None:
@@ -127,16 +122,22 @@ def processor() -> str:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    tests = settings_of(rows, split="test")
-    tuning = settings_of(rows, split="validation")
-    grid = [setting for setting in tuning if not setting.options]
-    extra = [setting for setting in tuning if setting.options]
-    parts = [("Test seeds, test problems", test_table(tests)), ("The grid: gain over the base", grid_table(grid))]
-    parts += [("The grid: everything measured", detail_table(grid))]
-    parts += [("Single questions", extra_table(extra, grid))] if extra else []
-    trials = [row for row in rows if is_trial(row)]
-    parts += [("Before the grid: other sizes", trial_table(trials))] if trials else []
-    return "".join(f"\n### {title}\n\n{table}\n" for title, table in parts)
+    parts = []
+    for study in STUDIES.values():
+        its = [row for row in rows if study.owns(row)]
+        tests, tuning = settings_of(its, split="test"), settings_of(its, split="validation")
+        grid = [setting for setting in tuning if not setting.options]
+        extra = [setting for setting in tuning if setting.options]
+        for title, settings, table in (
+            ("test seeds, test problems", tests, test_table(tests)),
+            ("the grid, gain over the base", grid, grid_table(grid)),
+            ("the grid, everything measured", grid, detail_table(grid)),
+            ("single questions", extra, extra_table(extra, grid)),
+        ):
+            parts += [(f"{study.title}: {title}", table)] if settings else []
+    trials = [row for row in rows if not any(study.owns(row) for study in STUDIES.values())]
+    parts += [("Before the grids: other sizes", trial_table(trials))] if trials else []
+    return "".join(f"\n### {title}\n\n{table}" for title, table in parts)
 
 
 def test_table(settings: Sequence[Setting]) -> str:
@@ -201,11 +202,11 @@ def extra_table(extra: Sequence[Setting], grid: Sequence[Setting]) -> str:
 
 
 def trial_table(rows: Sequence[Row]) -> str:
-    head = ["seed", "method", "beta", "lr", *SETTLED, "exact match", "chosen, nats"]
+    head = ["seed", "method", "beta", "lr", *TRIED, "exact match", "chosen, nats"]
     body = []
     for row in rows:
         label = METHODS[row["method"]] + ("" if row["gamma"] is None else f", gamma {row['gamma']:g}")
-        settled = [str(row[name]) for name in SETTLED]
+        settled = [str(row[name]) for name in TRIED]
         measured = [f"{100 * row['exact_match']:.1f}", f"{row['chosen_change']:+.2f}"]
         body.append([str(row["seed"]), label, number(row["beta"]), f"{row['learning_rate']:g}", *settled, *measured])
     return markdown(head, body)

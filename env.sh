@@ -1,0 +1,1 @@
+export PYTHONPATH=/tmp/study OMP_NUM_THREADS=1
