@@ -44,10 +44,16 @@ class Setting:
     def label(self) -> str:
         gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
         rate = f", lr {self.learning_rate:g}" if self.method == "sft" else ""
-        return METHODS[self.method] + gamma + rate + "".join(f", {option.split('.')[-1]}" for option in self.options)
+        return METHODS[self.method] + gamma + rate + "".join(map(_shown, self.options))
 
     def values(self, name: str) -> list[float]:
         return [row[name] for row in self.rows.values() if row.get(name) is not None]
+
+
+def _shown(option: str) -> str:
+    """Without the group of its key; a generator with prompts of its own takes none of the pairs', which goes unsaid."""
+    key, _, value = option.partition("=")
+    return "" if key == "data.generator_fraction" else f", {key.rpartition('.')[2]}={value}"
 
 
 @dataclass(frozen=True)
