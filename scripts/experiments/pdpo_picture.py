@@ -28,6 +28,9 @@ def draw(study: Study, rows: Sequence[Row], docs: Path) -> None:
         return
     split = "test" if any(row["split"] == "test" for row in rows) else "validation"
     settings = [setting for setting in settings_of(rows, split=split) if not setting.options]
+    # What a stop left behind with one seed of several is told in the table alone.
+    most = max(len(setting.rows) for setting in settings)
+    settings = [setting for setting in settings if len(setting.rows) > most / 2]
     betas = sorted({setting.beta for setting in settings if setting.beta is not None})
     gammas = sorted({setting.gamma for setting in settings if setting.gamma is not None})
     mpl.rcParams.update(

@@ -213,7 +213,8 @@ def trial_table(rows: Sequence[Row]) -> str:
     for row in rows:
         label = METHODS[row["method"]] + ("" if row["gamma"] is None else f", gamma {row['gamma']:g}")
         settled = [str(row[name]) for name in TRIED]
-        measured = [f"{100 * row['exact_match']:.1f}", f"{row['chosen_change']:+.2f}"]
+        change = row.get("chosen_change")
+        measured = [f"{100 * row['exact_match']:.1f}", "" if change is None else f"{change:+.2f}"]
         body.append([str(row["seed"]), label, number(row["beta"]), f"{row['learning_rate']:g}", *settled, *measured])
     return markdown(head, body)
 
