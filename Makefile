@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-slow check wheel clean
+.PHONY: train test test-slow bench check wheel clean
 
 train: $(READY)
 	$(BIN)/dpo-train
@@ -15,6 +15,12 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Ratios to TRL, and what PDPO adds to a step, in some minutes on a quiet machine; docs/performance.md has all of it.
+bench: $(READY)
+	$(BIN)/python scripts/bench/step.py --case prompt-heavy response-heavy --side ours fair
+	$(BIN)/python scripts/bench/scoring.py --case prompt-heavy --side ours fair
+	$(BIN)/python scripts/bench/pdpo_step.py
 
 check: $(READY)
 	$(BIN)/ruff check .
