@@ -33,6 +33,7 @@ from dpo_cli.config.schema import LoraConfig
 from dpo_cli.data.example import Example
 from dpo_cli.engine.backend import Backend, Partitioned, Replicated, process_group
 from dpo_cli.engine.interface import OPTIMIZER, WEIGHTS, Engine, OptimizerSettings, StepResult
+from dpo_cli.engine.rank import leave
 from dpo_cli.engine.ranks import Ranks, SoleRank
 from dpo_cli.engine.zero_config import ZeroSettings
 from dpo_cli.losses.dpo import dpo_loss
@@ -265,7 +266,7 @@ def main() -> None:
             found = list(differences(ranks))
             if ranks.is_main:
                 arguments.worker.write_text(json.dumps(found))
-        return
+        leave(0)
     found = [row for ranks in arguments.ranks for row in launch(ranks)]
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1))

@@ -38,10 +38,18 @@ def run_as_rank(body: Callable[[], None], *, run_dir: Path, watch: Watch, show: 
     code, mine_to_tell = _call(body, files)
     if mine_to_tell is not None:
         tell(mine_to_tell)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End a process that was a rank, past the interpreter's own way out.
+
+    Threads of torch.distributed now and then abort that one, after all is done: "terminate called without an active
+    exception", SIGABRT, and the launcher calls the run failed.
+    """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
-    # Threads of torch.distributed now and then abort the interpreter's own way out, after all is done.
     os._exit(code)
 
 

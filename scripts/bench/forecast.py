@@ -20,13 +20,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from bench_report import MIB, replace_between
+
+from dpo_cli.engine.rank import leave
 from dpo_cli.forecast.layout import Layout, LoraLayout, Place
 from dpo_cli.forecast.memory import Memory, forecast_memory
 from dpo_cli.forecast.shape import ModelShape
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
 BEGIN, END = "<!-- table: scripts/bench/forecast.py -->\n", "<!-- end of table -->"
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ def main() -> None:
         found = measure(CASES[options.measure])
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(found))
-        return
+        leave(0)
     if options.write and options.case != list(CASES):
         parser.error("--write needs all cases: leave --case out")
     lines = [
@@ -274,9 +276,7 @@ def main() -> None:
         print(lines[-1], flush=True)
         print(f"{name}: {found['seconds']:.0f} s", file=sys.stderr, flush=True)
     if options.write:
-        before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-        table = "\n".join(lines) + "\n"
-        DOCUMENT.write_text(before + BEGIN + table + END + rest.split(END, 1)[1], encoding="utf-8")
+        replace_between(DOCUMENT, BEGIN, END, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

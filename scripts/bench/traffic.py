@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo_cli.engine.rank import leave
 from dpo_cli.forecast.layout import Layout, LoraLayout
 from dpo_cli.forecast.shape import ModelShape
 from dpo_cli.forecast.traffic import Traffic, forecast_traffic
@@ -213,7 +214,7 @@ def main() -> None:
         found = count()
         if os.environ["RANK"] == "0":
             options.worker.write_text(json.dumps(found))
-        return
+        leave(0)
     counted = launch()
     if options.json:
         print(json.dumps({name: asdict(traffic) for name, traffic in counted.items()}, indent=1))

@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).parents[2]
 def test_a_forecast_is_within_fifteen_percent_of_what_is_measured(case: str) -> None:
     command = [sys.executable, str(REPOSITORY / "scripts/bench/forecast.py"), "--case", case]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
     ratio = float(done.stdout.splitlines()[-1].split("|")[-3])
     assert 0.85 < ratio < 1.15
