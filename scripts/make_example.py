@@ -159,12 +159,12 @@ def make_pairs(base: Path, split: Split, *, count: int, seed: int) -> list[dict[
     for problem, samples in zip(posed, answered, strict=True):
         # A sample that was cut off before it ended is no answer.
         ended = [ids.tolist() for ids in samples if ids[-1] == tokenizer.eos_token_id]
-        pair = frequent_pair(problem, tokenizer.batch_decode(ended, skip_special_tokens=True))
+        pair = _pair(problem, tokenizer.batch_decode(ended, skip_special_tokens=True))
         pairs += [] if pair is None else [pair]
     return pairs
 
 
-def frequent_pair(problem: Problem, answers: Iterable[str]) -> dict[str, str] | None:
+def _pair(problem: Problem, answers: Iterable[str]) -> dict[str, str] | None:
     """Chosen: the most frequent right answer. Rejected: the most frequent wrong one, the mistake it really makes."""
     by_frequency = [text for text, _ in Counter(filter(str.strip, answers)).most_common()]
     right = [text for text in by_frequency if extract_answer(text) == int(problem.answer)]

@@ -43,6 +43,7 @@ class VarlenCall(Protocol):
         key_ends: Tensor,
         longest_query: int,
         longest_keys: int,
+        /,
         *,
         scaling: float,
         window: int | None,
@@ -114,26 +115,9 @@ def flash_attn_call() -> VarlenCall:
         # Windows came with 2.3; before 2.1 the causal mask was aligned with the upper left corner.
         raise ImportError(f"flash-attn {flash_attn.__version__} is too old")
 
-    def call(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        query_ends: Tensor,
-        key_ends: Tensor,
-        longest_query: int,
-        longest_keys: int,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
+    def call(*sequences: Any, scaling: float, window: int | None) -> Tensor:
         attended: Tensor = kernel(
-            q,
-            k,
-            v,
-            query_ends,
-            key_ends,
-            longest_query,
-            longest_keys,
+            *sequences,
             softmax_scale=scaling,
             causal=True,
             window_size=(-1 if window is None else window, 0),
@@ -152,29 +136,12 @@ def torch_varlen_call() -> VarlenCall:
     if not {"window_size", "enable_gqa", "scale"} <= inspect.signature(kernel).parameters.keys():
         raise ImportError(f"torch {torch.__version__} has no varlen attention with windows and grouped queries")
 
-    def call(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        query_ends: Tensor,
-        key_ends: Tensor,
-        longest_query: int,
-        longest_keys: int,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
+    def call(*sequences: Any, scaling: float, window: int | None) -> Tensor:
         attended: Tensor = kernel(
-            q,
-            k,
-            v,
-            query_ends,
-            key_ends,
-            longest_query,
-            longest_keys,
+            *sequences,
             scale=scaling,
             window_size=(-1 if window is None else window, 0),
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=sequences[0].shape[1] != sequences[1].shape[1],
         )
         return attended
 

@@ -114,8 +114,7 @@ def main() -> None:
         }
         results = measure_by_turns(
             {name: cases[name] for name in options.case},
-            repeats=1 if options.quick else options.repeats,
-            kept=options.json,
+            options,
         )
     ranks = results.pop("ranks", None)
     text = f"{machine_line(options.threads, 'torch', 'transformers', 'trl')}.\n\n{table(results)}"

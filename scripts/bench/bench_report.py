@@ -109,20 +109,20 @@ def seconds_since_launch() -> float:
 
 def measure_by_turns(
     cases: Mapping[str, Mapping[str, Callable[[], Run]]],
+    options: argparse.Namespace,
     *,
-    repeats: int,
-    kept: Path | None,
     check: Callable[[str, Runs], None] = lambda name, runs: None,
 ) -> dict[str, Runs]:
     """Every side of every case, repeat after repeat, in an order that turns round.
 
-    kept: a file of all figures; what is there already is not measured again. check: raises for a case whose sides did
-    not do the same work.
+    options: of `parser_of`; what their file of figures has already is not measured again.
+    check: raises for a case whose sides did not do the same work.
     """
     results: dict[str, Runs] = {}
+    kept: Path | None = options.json
     if kept is not None and kept.exists():
         results = json.loads(kept.read_text(encoding="utf-8"))
-    for repeat in range(repeats):
+    for repeat in range(1 if options.quick else options.repeats):
         for name, sides in cases.items():
             runs = results.setdefault(name, {})
             # Whatever a machine does at times falls on other sides in other turns.

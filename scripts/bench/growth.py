@@ -129,8 +129,7 @@ def main() -> None:
     results = measure_by_turns(
         {f"rows {name}": sides for name, sides in of_rows.items()}
         | {f"length {name}": sides for name, sides in of_lengths.items()},
-        repeats=1 if options.quick else options.repeats,
-        kept=options.json,
+        options,
     )
     rows_found, lengths_found = (
         {name.removeprefix(f"{what} "): runs for name, runs in results.items() if name.startswith(f"{what} ")}

@@ -136,8 +136,7 @@ def main() -> None:
     base = accuracy(EXAMPLE / "base", problems=problems, threads=options.threads)
     results = measure_by_turns(
         {"example": {side: partial(run, side) for side in options.side}},
-        repeats=1 if options.quick else options.repeats,
-        kept=options.json,
+        options,
         check=check_losses,
     )
     machine = machine_line(options.threads, "torch", "transformers", "trl")

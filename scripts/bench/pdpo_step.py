@@ -74,8 +74,7 @@ def main() -> None:
         run = partial(measure, steps=steps, store=Path(store), threads=options.threads)
         results = measure_by_turns(
             {"example": {side: partial(run, side) for side in SIDES}},
-            repeats=1 if options.quick else options.repeats,
-            kept=options.json,
+            options,
         )
     machine = machine_line(options.threads, "torch", "transformers")
     publish("pdpo_step.py", f"{machine}.\n\n{table(results['example'])}", write=options.write)

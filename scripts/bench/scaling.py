@@ -15,13 +15,12 @@ import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_report import replace_between
+from bench_report import replace_between, table_of
 from step_cases import CASES, pairs_of
 from traffic import CASES as TRAFFIC_CASES
 from traffic import launch
@@ -115,8 +114,8 @@ class Plan:
 
 def plans() -> list[Plan]:
     zero = Layout(tokens=6144, longest=2048, bytes_per_weight=2, zero_stage=3, workers=8)
-    cheap, many = replace(zero, gradient_checkpointing=True), {"workers": 64, "gradient_checkpointing": True}
-    large, adapters = replace(zero, **many), replace(cheap, lora=LoraLayout(16))  # type: ignore[arg-type]
+    cheap = replace(zero, gradient_checkpointing=True)
+    large, adapters = replace(cheap, workers=64), replace(cheap, lora=LoraLayout(16))
     seven, seventy, lora = "7B on 8", "70B on 64", "70B, adapters of rank 16, on 8"
     return [
         Plan(seven, SEVEN_BILLION, zero, 128),
@@ -138,7 +137,7 @@ def forecast_table() -> str:
         "case", "tokens a row", "checkpointing", "GiB a GPU", "micro-batches", "computing, s", "sent, GB",
         "exchange, s", "step, s", "60,000 pairs, h", "limit (computing / exchange)",
     ]  # fmt: skip
-    return _table(heads, (plan.row() for plan in plans()))
+    return table_of(heads, (plan.row() for plan in plans()))
 
 
 def traffic_table() -> str:
@@ -149,7 +148,7 @@ def traffic_table() -> str:
         ratio = forecast.sent(2) / counted.sent(2)
         figures = (f"{each.gathered:,} + {each.reduced:,}" for each in (forecast, counted))
         rows.append([name, *figures, "equal" if forecast == counted else f"{ratio:.2f}"])
-    return _table(["case", "forecast, bytes", "counted, bytes", "forecast / counted"], rows)
+    return table_of(["case", "forecast, bytes", "counted, bytes", "forecast / counted"], rows)
 
 
 def step_table() -> str:
@@ -183,7 +182,7 @@ def step_table() -> str:
             [name, f"{flops / 1e9:.0f}", f"{seconds:.2f}", speed, f"{expected:.2f}", f"{expected / seconds:.2f}"]
         )
     heads = ["step", "GFLOP", "measured, s", "GFLOP/s", f"at {share:.0%} of the peak, s", "that / measured"]
-    return _table(heads, rows)
+    return table_of(heads, rows)
 
 
 @dataclass(frozen=True)
@@ -241,8 +240,12 @@ def store_tables(tokens: int = 300) -> tuple[str, str]:
         responses, machine = 2 * count, Machine()
         size = responses * (4 * tokens + costs.disk)
         row = [f"{count:,}", f"{size / 1e9:,.1f}"]
-        for shape, workers, stage in ((SEVEN_BILLION, 8, 2), (SEVEN_BILLION, 64, 2), (SEVENTY_BILLION, 64, 3)):
-            layout = Layout(24576, 600, 2, zero_stage=stage, workers=workers)  # type: ignore[arg-type]
+        copied = Layout(24576, 600, 2, zero_stage=2, workers=64)
+        partitioned = replace(copied, zero_stage=3)
+        for shape, layout in (
+            (SEVEN_BILLION, replace(copied, workers=8)), (SEVEN_BILLION, copied), (SEVENTY_BILLION, partitioned)
+        ):  # fmt: skip
+            workers = layout.workers
             batch = Batch.of([(tokens, tokens, tokens)] * (layout.tokens // (3 * tokens)))
             work = scoring_work(shape, batch)
             exchange = machine.exchange_seconds(forward_traffic(shape, layout), workers)
@@ -262,18 +265,11 @@ def store_tables(tokens: int = 300) -> tuple[str, str]:
         "pairs", "store, GB", "7B on 8, h", "7B on 64, h", "70B on 64, h", "index, GB a rank", "planning, GB a rank",
         "planning and opening, minutes",
     ]  # fmt: skip
-    return _table(["of the store", "measured"], measured), _table(heads, rows)
+    return table_of(["of the store", "measured"], measured), table_of(heads, rows)
 
 
 def _read(name: str) -> str:
     return (DOCUMENTS / name).read_text(encoding="utf-8")
-
-
-def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    first = list(heads)
-    lines = [first, *map(list, rows)]
-    lined = [f"| {' | '.join(line)} |\n" for line in lines]
-    return "".join([lined[0], "|---" * len(first) + "|\n", *lined[1:]])
 
 
 def main() -> None:

@@ -97,8 +97,7 @@ def main() -> None:
 
         results = measure_by_turns(
             {name: {side: partial(side_of, name, side) for side in options.side} for name in cases},
-            repeats=1 if options.quick else options.repeats,
-            kept=options.json,
+            options,
             check=lambda name, runs: check_sums(name, runs, dtype=cases[name].dtype),
         )
     header = (

@@ -8,6 +8,7 @@ Tokenising, loading and hashing the model are left out on every side.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
@@ -85,11 +86,8 @@ def main() -> None:
     side, (case, pairs) = sys.argv[1], load(Path(sys.argv[2]))
     model_of(replace(case, hidden=64, layers=1, vocabulary=64), "sdpa")
     # What is imported, the model's code too, is not counted.
-    if side == "ours":
-        import dpo_cli.reference.score
-        import dpo_cli.reference.store  # noqa: F401
-    else:
-        import trl_side  # noqa: F401
+    for module in ("dpo_cli.reference.score", "dpo_cli.reference.store") if side == "ours" else ("trl_side",):
+        importlib.import_module(module)
     base = resident_bytes()
     with tempfile.TemporaryDirectory() as folder:
         make = ours(case, pairs, folder) if side == "ours" else trl(case, pairs, folder, fair=side == "fair")

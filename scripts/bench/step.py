@@ -20,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench_report import MIB, Run, Runs, machine_line, parser_of, publish, ratio, run_fresh, spread
+from bench_report import MIB, Run, Runs, machine_line, parser_of, publish, ratio, run_fresh, spread, table_of
 from step_cases import CASES, QUICK_CASES, Pair, StepCase, pairs_of, save
 from step_gpu import GPU_CASES, device_line, gpu_sides, needed_flops, peak_tflops
 
@@ -107,10 +108,11 @@ def figures(case: StepCase, pairs: list[Pair], runs: Runs) -> dict[str, dict[str
 
 
 def cpu_table(results: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "| case | side | s a step | CPU s a step | tokens/s | pairs/s | peak, MiB | faster by | less CPU by | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = (
+        "case", "side", "s a step", "CPU s a step", "tokens/s", "pairs/s", "peak, MiB", "faster by", "less CPU by",
+        "memory",
+    )  # fmt: skip
+    rows: list[Sequence[str]] = []
     for name, result in results.items():
         found = result["figures"]
         for side in (side for side in SIDES["cpu"] if side in found):
@@ -128,23 +130,23 @@ def cpu_table(results: dict[str, dict[str, Any]]) -> str:
                 spread(its["cpu_seconds"], 2),
                 spread(its["tokens"], 0), spread(its["pairs"], 2), spread(its["memory"], 0), *compared,
             )  # fmt: skip
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append(cells)
+    return table_of(header, rows)
 
 
 def gpu_table(results: dict[str, dict[str, Any]], peak: float | None) -> str:
     """peak: of the device in TFLOP/s, where it is known."""
-    lines = [
-        "| case | side | s a step | tokens/s | pairs/s | TFLOP/s | MFU | peak, MiB | faster by | memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = (
+        "case", "side", "s a step", "tokens/s", "pairs/s", "TFLOP/s", "MFU", "peak, MiB", "faster by", "memory"
+    )  # fmt: skip
+    rows: list[Sequence[str]] = []
     for name, result in results.items():
         found, runs = result["figures"], result["runs"]
         for side in (side for side in SIDES["cuda"] if side in runs):
             first = [name if side == "ours" else "", SHOWN["cuda"][side]]
             if side not in found:
                 failed = next(run["failed"] for run in runs[side] if "failed" in run)
-                lines.append("| " + " | ".join([*first, failed.partition(":")[0], *[""] * 7]) + " |")
+                rows.append([*first, failed.partition(":")[0], *[""] * 7])
                 continue
             its = found[side]
             used = f"{100 * statistics.median(its['tflops']) / peak:.0f}%" if peak else "unknown"
@@ -157,8 +159,8 @@ def gpu_table(results: dict[str, dict[str, Any]], peak: float | None) -> str:
                 *first, spread(its["seconds"], 3), spread(its["tokens"], 0), spread(its["pairs"], 1),
                 spread(its["tflops"], 0), used, spread(its["memory"], 0), *compared,
             )  # fmt: skip
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append(cells)
+    return table_of(header, rows)
 
 
 def attention_line(results: dict[str, dict[str, Any]]) -> str:
@@ -171,12 +173,12 @@ def attention_line(results: dict[str, dict[str, Any]]) -> str:
 
 def losses_table(results: dict[str, dict[str, Any]], device: str) -> str:
     sides = SIDES[device]
-    lines = ["| case | " + " | ".join(SHOWN[device][side] for side in sides) + " |", "|---" * (len(sides) + 1) + "|"]
+    rows = []
     for name, result in results.items():
         steps = {side: runs[0].get("losses", [])[:3] for side, runs in result["runs"].items()}
         shown = (", ".join(f"{loss:.6f}" for loss in steps.get(side, [])) for side in sides)
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *shown])
+    return table_of(("case", *(SHOWN[device][side] for side in sides)), rows)
 
 
 def main() -> None:

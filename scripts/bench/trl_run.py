@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def train(run: TrlRun) -> dict[str, Any]:
             return [int(index) for batch in taken for index in batch]
 
         def create_scheduler(self, *_: Any, **__: Any) -> Any:
-            share = lambda step: learning_rate(  # noqa: E731
-                step, schedule="cosine", peak=1.0, warmup_steps=run.warmup_steps, total_steps=run.steps,
+            share = partial(
+                learning_rate, schedule="cosine", peak=1.0, warmup_steps=run.warmup_steps, total_steps=run.steps,
                 final_fraction=run.final_lr_fraction,
             )  # fmt: skip
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)

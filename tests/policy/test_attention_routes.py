@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -188,27 +189,27 @@ def test_a_kernel_that_computes_rightly_is_taken(monkeypatch: pytest.MonkeyPatch
     assert (route.name, route.told) == ("packed-varlen", "a kernel, one call a layer")
 
 
-def upper_left(q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor, *_: int, **how: object) -> Tensor:
+def upper_left(q: Tensor, k: Tensor, v: Tensor, query_ends: Tensor, key_ends: Tensor, *_: int, **how: Any) -> Tensor:
     """The causal mask of flash-attn before 2.1: a second response would see the beginning of its prompt alone."""
     parts = []
     for queries, keys in zip(query_ends.unfold(0, 2, 1).tolist(), key_ends.unfold(0, 2, 1).tolist(), strict=True):
         length = queries[1] - queries[0]
         ends = torch.tensor([0, length], dtype=torch.int32)
         mine, theirs = slice(*queries), slice(keys[0], keys[0] + length)
-        parts.append(written_out(q[mine], k[theirs], v[theirs], ends, ends, length, length, **how))  # type: ignore[arg-type]
+        parts.append(written_out(q[mine], k[theirs], v[theirs], ends, ends, length, length, **how))
     return torch.cat(parts)
 
 
-def without_window(*given: object, scaling: float, window: int | None) -> Tensor:
-    return written_out(*given, scaling=scaling, window=None)  # type: ignore[arg-type]
+def without_window(*given: Any, scaling: float, window: int | None) -> Tensor:
+    return written_out(*given, scaling=scaling, window=None)
 
 
-def one_key_too_many(*given: object, scaling: float, window: int | None) -> Tensor:
-    return written_out(*given, scaling=scaling, window=None if window is None else window + 1)  # type: ignore[arg-type]
+def one_key_too_many(*given: Any, scaling: float, window: int | None) -> Tensor:
+    return written_out(*given, scaling=scaling, window=None if window is None else window + 1)
 
 
-def forward_only(*given: object, scaling: float, window: int | None) -> Tensor:
-    return written_out(*given, scaling=scaling, window=window).detach()  # type: ignore[arg-type]
+def forward_only(*given: Any, scaling: float, window: int | None) -> Tensor:
+    return written_out(*given, scaling=scaling, window=window).detach()
 
 
 def broken(*given: object, scaling: float, window: int | None) -> Tensor:
