@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench" / "step.py"
 # TRL sums float32 log-probs in float32.
@@ -54,7 +55,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_products_that_a_step_needs_are_those_it_makes(lora_rank: int | None) -> None:
     """Counted by torch while a pair goes through; it does not see attention on a CPU, nor products that are added."""
     from step_cases import QUICK, Pair
-    from step_gpu import attention_flops, needed_flops, product_flops
+    from step_flops import attention_flops, needed_flops, product_flops
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -102,3 +103,22 @@ def test_the_gpu_s_table_tells_utilisation_where_the_peak_is_known_and_failures_
         assert "out of memory" in half
     assert {case.device for case in GPU_CASES.values()} == {"cuda"}
     assert not any(case.global_pairs % case.micro_pairs for case in GPU_CASES.values())
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_products_of_padded_rows_are_those_that_a_plain_forward_pass_makes() -> None:
+    from step_cases import QUICK, Pair
+    from step_flops import padded_flops
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    case = replace(QUICK, hidden=64, intermediate=256, micro_pairs=2)
+    pairs = [Pair([1] * prompt, [1] * 20, [1] * 30, 0.0, 0.0) for prompt in (10, 40, 5)]
+    backbone = AutoModelForCausalLM.from_config(Qwen2Config(**case.model_config)).model
+    head = sum(3 * 2 * case.hidden * case.vocabulary * 50 for _ in pairs)
+    with FlopCounterMode(display=False) as counter:
+        for rows, longest in ((4, 70), (2, 35)):
+            backbone(torch.ones(rows, longest, dtype=torch.long)).last_hidden_state.sum().backward()
+    products, attention = padded_flops(case, pairs)
+    assert products == counter.get_total_flops() + head
+    assert attention == 12 * case.layers * case.hidden * (4 * 70**2 + 2 * 35**2)

@@ -27,7 +27,8 @@ from typing import Any
 
 from bench_report import MIB, Run, Runs, machine_line, parser_of, publish, ratio, run_fresh, spread, table_of
 from step_cases import CASES, QUICK_CASES, Pair, StepCase, pairs_of, save
-from step_gpu import GPU_CASES, device_line, gpu_sides, needed_flops, peak_tflops
+from step_flops import attention_flops, needed_flops, padded_flops, product_flops
+from step_gpu import GPU_CASES, device_line, gpu_sides, peak_tflops
 
 SIDES = {"cpu": ("ours", "fair", "trl", "grouped"), "cuda": ("ours", "trl", "flash", "half", "grouped")}
 SHOWN = {
@@ -82,12 +83,15 @@ def check_losses(case: StepCase, losses: dict[str, list[float]]) -> None:
                 raise SystemExit(f"step {step}: the loss is {a} here and {b} of {side}: not the same work")
 
 
-def figures(case: StepCase, pairs: list[Pair], runs: Runs) -> dict[str, dict[str, list[float]]]:
+def timed_of(case: StepCase, pairs: list[Pair]) -> list[Pair]:
+    return pairs[case.warmup_steps * case.global_pairs :]
+
+
+def figures(case: StepCase, timed: list[Pair], runs: Runs) -> dict[str, dict[str, list[float]]]:
     """By side and measure, one value a repeat: seconds and processor seconds a step, tokens/s, pairs/s, MiB, TFLOP/s.
 
     Sides that failed in some repeat are left out.
     """
-    timed = pairs[case.warmup_steps * case.global_pairs :]
     tokens, flops = sum(pair.tokens for pair in timed), needed_flops(case, timed)
     found = {}
     for side, repeats in runs.items():
@@ -181,6 +185,23 @@ def losses_table(results: dict[str, dict[str, Any]], device: str) -> str:
     return table_of(("case", *(SHOWN[device][side] for side in sides)), rows)
 
 
+def work_table(results: dict[str, dict[str, Any]]) -> str:
+    """What the timed steps have to compute, counted: the ratio that is there before anything is programmed well."""
+    rows = []
+    for name, result in results.items():
+        needed, padded = result["work"]
+        shown = (f"{gigaflops:,.0f}" for both in zip(needed, padded, strict=True) for gigaflops in both)
+        rows.append([name, *shown, *(f"{theirs / ours:.2f}" for ours, theirs in zip(needed, padded, strict=True))])
+    header = ("case", "products", "of TRL", "attention", "of TRL", "products of TRL, times", "attention of TRL, times")
+    return table_of(header, rows)
+
+
+def work_of(case: StepCase, pairs: list[Pair]) -> list[list[float]]:
+    """GFLOP a step that the pairs need, and that TRL makes of them: of products with weights, and of attention."""
+    needed = [sum(flops(case, pair) for pair in pairs) for flops in (product_flops, attention_flops)]
+    return [[flops / case.timed_steps / 1e9 for flops in side] for side in (needed, padded_flops(case, pairs))]
+
+
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -199,22 +220,23 @@ def main() -> None:
     kept["machine"] = machine_line(options.threads, "torch", "transformers", "trl")
     if device == "cuda":
         kept["machine"] = f"{device_line()}; {kept['machine']}"
+    pairs = {name: pairs_of(case, options.real_data) for name, case in cases.items()}
     for repeat in range(1 if options.quick else options.repeats):
         for name, case in cases.items():
             result = kept["cases"].setdefault(name, {"runs": {}})
+            result["work"] = work_of(case, timed_of(case, pairs[name]))
             if len(result["runs"].get("ours", [])) > repeat:
                 continue
             print(f"{name}, repeat {repeat + 1}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
-            pairs = pairs_of(case, options.real_data)
-            measure_once(case, pairs, result["runs"], sides=list(sides), threads=options.threads)
-            result["figures"] = figures(case, pairs, result["runs"])
+            measure_once(case, pairs[name], result["runs"], sides=list(sides), threads=options.threads)
+            result["figures"] = figures(case, timed_of(case, pairs[name]), result["runs"])
             if options.json is not None:
                 options.json.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     ordered = {name: kept["cases"][name] for name in (*known, *QUICK_CASES) if name in kept["cases"]}
     if device == "cuda":
         shown = f"{attention_line(ordered)}\n{gpu_table(ordered, peak_tflops(kept['machine']))}"
     else:
-        shown = cpu_table(ordered)
+        shown = f"{cpu_table(ordered)}\nGFLOP a step, counted:\n\n{work_table(ordered)}"
     text = f"{kept['machine']}.\n\n{shown}\nLosses of the first steps:\n\n{losses_table(ordered, device)}"
     publish(NAMES[device], text, write=options.write)
     if any("failed" in run for result in ordered.values() for runs in result["runs"].values() for run in runs):

@@ -1,4 +1,4 @@
-"""The step benchmark on a GPU: its cases, what the device could do at best, and what the pairs need at least."""
+"""The step benchmark on a GPU: its cases, and what the device could do at best."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from step_cases import WIDE, Pair, StepCase
+from step_cases import WIDE, StepCase
 
 # What its maker states for dense bfloat16 products, in 1e12 operations a second, by part of the device's name; of two
 # parts that fit the first counts.
@@ -58,37 +58,3 @@ def device_line() -> str:
     stated = f"{peak:g} TFLOP/s stated for bfloat16" if peak else "stated peak unknown"
     flash = "flash-attn is installed" if find_spec("flash_attn") else "flash-attn is not installed"
     return f"{name}, {memory:.0f} GiB, {stated}, CUDA {torch.version.cuda}, {flash}"
-
-
-def needed_flops(case: StepCase, pairs: list[Pair]) -> float:
-    """Operations that a step on these pairs cannot do without, forward and backward, the same for every side.
-
-    Every prompt once, no padding, the output head for scored tokens only, nothing computed again.
-    """
-    return sum(product_flops(case, pair) + attention_flops(case, pair) for pair in pairs)
-
-
-def product_flops(case: StepCase, pair: Pair) -> float:
-    """Of products with weights: 2 operations a weight and token forwards, 4 backwards.
-
-    2 backwards where the weights are frozen; adapters themselves, 1 to 2%, are not counted.
-    """
-    width = case.hidden // case.heads
-    of_a_layer = case.hidden * width * (2 * case.heads + 2 * case.kv_heads) + 3 * case.hidden * case.intermediate
-    forward = 2 * case.layers * of_a_layer * sum(_rows(pair))
-    # Of the prompt only the last token predicts: the others need nothing after the last layer's attention.
-    forward -= 2 * 3 * case.hidden * case.intermediate * (len(pair.prompt) - 1)
-    forward += 2 * case.hidden * case.vocabulary * (len(pair.chosen) + len(pair.rejected))
-    return forward * (2 if case.lora_rank else 3)
-
-
-def attention_flops(case: StepCase, pair: Pair) -> float:
-    """Of scores and weighted values, where a query sees the key: twice 2 a channel forwards, twice that backwards."""
-    first, second = _rows(pair)
-    seen = first * (first + 1) / 2 + second * len(pair.prompt) + second * (second + 1) / 2
-    return 3 * 4 * case.layers * case.hidden * seen
-
-
-def _rows(pair: Pair) -> tuple[int, int]:
-    """Tokens of the prompt with the chosen response, and of the rejected one; what comes last predicts nothing."""
-    return len(pair.prompt) + len(pair.chosen) - 1, len(pair.rejected) - 1
