@@ -42,7 +42,19 @@ def test_a_benchmark_measures_every_side_and_prints_whole_tables(script: str, tm
     assert subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout == done.stdout
 
 
-@pytest.mark.parametrize("script", BENCHES)
+def test_what_a_plan_wastes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pairs of 6 and 10 tokens: four rows of 8 for TRL, and one rank of two waits for 4 of 20."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    from plan_waste import padded, waited
+    from step_cases import Pair
+
+    pairs = [Pair([1] * 2, [1] * 2, [1] * 2, 0.0, 0.0), Pair([1] * 2, [1] * 2, [1] * 6, 0.0, 0.0)]
+    assert padded(pairs) == 4 * 8
+    assert waited(pairs, 1) == 0.0
+    assert waited(pairs, 2) == pytest.approx(1 - 16 / 20)
+
+
+@pytest.mark.parametrize("script", [*BENCHES, "plan_waste.py"])
 def test_the_document_has_a_place_for_a_benchmarks_tables(script: str) -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert text.count(f"<!-- table: scripts/bench/{script} -->") == 1
