@@ -6,6 +6,7 @@ Anything else that escapes is a bug of this tool and shows its traceback.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 EXIT_FOUND = 1
@@ -108,3 +109,10 @@ class RankFailed(DpoError):
     def __init__(self, message: str, *, exit_code: int = 1, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(message, where=where, hint=hint)
         self.exit_code = exit_code
+
+
+def as_mendable(error: OSError) -> DpoError | None:
+    """A full or forbidden disk is the user's to mend; None for what is our bug."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        return DpoError(f"{error.strerror}.", where=error.filename)
+    return None

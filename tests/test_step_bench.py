@@ -83,7 +83,7 @@ def test_the_products_that_a_step_needs_are_those_it_makes(lora_rank: int | None
 def test_the_gpu_s_table_tells_utilisation_where_the_peak_is_known_and_failures_by_name() -> None:
     from step import figures, gpu_table
     from step_cases import pairs_of
-    from step_gpu import GPU_CASES, peak_tflops
+    from step_gpu import GPU_CASES
 
     assert [peak_tflops(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L40S", "Some GPU")] == [
         989, 756, 362, None,

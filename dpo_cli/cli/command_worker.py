@@ -12,11 +12,12 @@ from dpo_cli.cli.command import SETTINGS_FILE, Command
 from dpo_cli.cli.eval import EVAL
 from dpo_cli.cli.run_folder import sharing
 from dpo_cli.cli.sample import SAMPLE
-from dpo_cli.cli.train import as_mendable, report
+from dpo_cli.cli.train import report
 from dpo_cli.config.loss_signature import import_path_includes
 from dpo_cli.engine.outcome import Failure
 from dpo_cli.engine.rank import run_as_rank
 from dpo_cli.engine.watch import Watch
+from dpo_cli.errors import as_mendable
 from dpo_cli.train.stop import StopRequest
 
 _COMMANDS = {command.config_name: command for command in (SAMPLE, EVAL)}

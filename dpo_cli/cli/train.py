@@ -5,7 +5,6 @@ Nothing heavy is imported before the configuration is right.
 
 from __future__ import annotations
 
-import errno
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.config.secrets import mask_tokens
 from dpo_cli.engine.environment import is_worker
-from dpo_cli.errors import ConfigError, DpoError
+from dpo_cli.engine.screen import LOG, LoggedBug, screen_to_ourselves
+from dpo_cli.errors import ConfigError, DpoError, as_mendable
 
 if TYPE_CHECKING:
     from dpo_cli.config.compose.composition import Request
@@ -59,15 +59,11 @@ def exit_code_of(action: Callable[[], None], *, program: str = "dpo-train") -> i
             return _report_bug()
         print(report(mendable, program=program), file=sys.stderr)
         return mendable.exit_code
+    except LoggedBug as bug:
+        print(mask_tokens(f"{program}: {bug}\n{blame(ours=bug.is_ours)}"), file=sys.stderr)
+        return EXIT_BUG
     except Exception:
         return _report_bug()
-
-
-def as_mendable(error: OSError) -> DpoError | None:
-    """A full or forbidden disk is the user's to mend; None for what is our bug."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-        return DpoError(f"{error.strerror}.", where=error.filename)
-    return None
 
 
 class Train(Protocol):
@@ -202,10 +198,11 @@ def _train(config: Config, *, before: Callable[[], None] | None = None) -> None:
 
             launch_workers(config, run_dir=folder)
             return
-        # Only here, with the configuration checked, is torch imported.
-        from dpo_cli.train.run import run_training
+        with screen_to_ourselves(folder / LOG, level=config.log_level):
+            # Only here, with the configuration checked, is torch imported.
+            from dpo_cli.train.run import run_training
 
-        run_training(config, run_dir=folder)
+            run_training(config, run_dir=folder)
 
 
 def _request(arguments: Arguments) -> Request:
@@ -228,8 +225,13 @@ def report(error: DpoError, *, program: str = "dpo-train") -> str:
 
 def _report_bug() -> int:
     traceback.print_exc()
-    print(f"This is a bug of dpo-cli {installed_version()}, not of your input.", file=sys.stderr)
+    print(blame(ours=True), file=sys.stderr)
     return EXIT_BUG
+
+
+def blame(*, ours: bool) -> str:
+    """Whose a bug is."""
+    return f"This is a bug of dpo-cli {installed_version()}, not of your input." if ours else "It lies in code of yours."
 
 
 def installed_version() -> str:

@@ -14,14 +14,15 @@ from typing import NoReturn
 
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.cli.run_folder import exclusive, read_saved_run, sharing
-from dpo_cli.cli.train import as_mendable, dispatch, exit_code_of, report
+from dpo_cli.cli.train import dispatch, exit_code_of, report
 from dpo_cli.config.loss_signature import import_path_includes
 from dpo_cli.config.schema import Config
 from dpo_cli.engine.environment import rank, stop_seconds, take_local_rank
 from dpo_cli.engine.outcome import Failure, RankFiles
 from dpo_cli.engine.rank import run_as_rank
+from dpo_cli.engine.screen import LOG, screen_to_ourselves
 from dpo_cli.engine.watch import Watch
-from dpo_cli.errors import CheckpointError, ConfigError, DpoError, Interrupted
+from dpo_cli.errors import CheckpointError, ConfigError, DpoError, Interrupted, as_mendable
 from dpo_cli.train.stop import StopRequest
 
 
@@ -132,7 +133,12 @@ def _run_rank(config: Config, folder: Path, watch: Watch) -> NoReturn:
 
 def _train(config: Config, folder: Path) -> None:
     try:
-        with sharing(folder), StopRequest().listening():
+        log = folder / LOG if rank() == 0 else RankFiles(folder).log(rank())
+        with (
+            sharing(folder),
+            screen_to_ourselves(log, level=config.log_level),
+            StopRequest().listening(),
+        ):
             train_as_worker(config, folder)
     except OSError as error:
         raise as_mendable(error) or error from None

@@ -18,6 +18,7 @@ FREE_ON_RESUME = (
     "resume",
     "plan",
     "log_every",
+    "log_level",
     "eval_every",
     "save_every",
     "keep_checkpoints",

@@ -211,6 +211,7 @@ class Config(Section):
     global_pairs: Count
     tokens_per_microbatch: Annotated[int, Field(ge=2)]
     log_every: Count
+    log_level: Literal["debug", "info", "warning", "error"]
     eval_every: CountOrNever
     save_every: CountOrNever
     keep_checkpoints: Count

@@ -20,6 +20,7 @@ from typing import Any
 from dpo_cli.atomic import write_json
 from dpo_cli.config.secrets import mask_tokens
 from dpo_cli.engine.processes import Process, pid_space, this_process
+from dpo_cli.engine.screen import LoggedBug
 from dpo_cli.errors import EXIT_INTERRUPTED, DpoError, RankFailed
 
 EXIT_BUG = 1
@@ -42,6 +43,8 @@ class Failure:
     def of(rank: int, error: BaseException, *, traceback: str) -> Failure:
         if isinstance(error, DpoError):
             return Failure(rank, error.exit_code, mask_tokens(error.message), error.where, error.hint)
+        if isinstance(error, LoggedBug):
+            return Failure(rank, EXIT_BUG, mask_tokens(f"Rank {rank} failed: {error}"))
         return Failure(
             rank,
             EXIT_BUG,

@@ -95,6 +95,11 @@ def work_of(shape: ModelShape, layout: Layout, batch: Batch) -> Work:
     return Work(batch.tokens, flops, micro_batches)
 
 
+def needed_flops(shape: ModelShape, batch: Batch, *, adapters: bool) -> float:
+    """Operations that training on the batch cannot do without: nothing computed again, frozen weights ungraded."""
+    return (2 if adapters else 3) * sum(_forward(shape, batch))
+
+
 def scoring_work(shape: ModelShape, batch: Batch) -> Work:
     """A forward pass over the batch, as the reference makes it once for every pair."""
     return Work(batch.tokens, sum(_forward(shape, batch)))

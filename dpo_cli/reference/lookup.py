@@ -50,6 +50,12 @@ class ScoringPlan:
         return sum(unit.size for unit in self.units)
 
     @property
+    def hits(self) -> str:
+        """What the run needs, and how much of it was there, in a few words."""
+        brought = f", {self.brought:,} of the data's own" if self.brought else ""
+        return f"{self.responses:,} responses, {self.kept:,} from the store{brought}, {len(self.missing):,} scored"
+
+    @property
     def digest(self) -> str:
         """What is to be scored, in a few letters: equal where plans are."""
         return hashlib.blake2b(self.missing["key"].tobytes(), digest_size=8).hexdigest()

@@ -40,6 +40,7 @@ def reference_sums(
     store: ReferenceStore,
     tokens_per_batch: int,
     report: Callable[[str], None] = lambda line: None,
+    planned: Callable[[ScoringPlan], None] = lambda plan: None,
     progress: Progress = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
     flush_seconds: float = 30.0,
@@ -48,7 +49,7 @@ def reference_sums(
     """Reference sums of `examples` (those at `indices`, or all), scoring what the store does not have yet.
 
     make_score: builds the scoring function; called at most once, and not at all when nothing is missing.
-    report: gets the hit/miss line and a line for every damaged shard.
+    report: gets the hit/miss line and a line for every damaged shard. planned: gets what that line tells, as numbers.
     ranks: all of them call this together; each scores its share, and all get the sums.
     Raises Interrupted once `should_stop` says so, after what was scored is on disk; StoreError for log-probs that are
     not finite, values that came with the data and cannot be used, and disks that refuse.
@@ -67,6 +68,7 @@ def reference_sums(
         store.refresh()
         plan = plan_scoring(examples, store, indices=chosen, tokens_per_batch=tokens_per_batch)
     report(plan.line(store))
+    planned(plan)
     if plan.batches:
         score_missing(
             plan,

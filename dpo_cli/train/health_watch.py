@@ -22,21 +22,21 @@ HEALTH = "health.jsonl"
 
 @dataclass
 class HealthWatch:
-    """stop_on: names of findings. ends: the one of them that ends the run, once it was told as more than a note."""
+    """stop_on: names of findings. tell: shows one on the screen. ends: the one of them that ends the run, once it was told as more than a note."""
 
     monitor: Monitor
     stop_on: Collection[str]
     log: MetricsLog
-    say: Callable[[str], None]
+    tell: Callable[[Told], None]
     ends: Told | None = None
 
     @classmethod
-    def of(cls, config: Config, run_dir: Path, say: Callable[[str], None], alive: ExitStack) -> HealthWatch | None:
+    def of(cls, config: Config, run_dir: Path, tell: Callable[[Told], None], alive: ExitStack) -> HealthWatch | None:
         """None where nothing is to be told. alive: keeps health.jsonl open until training is over."""
         if not config.health.enabled:
             return None
         log = alive.enter_context(MetricsLog(run_dir / HEALTH))
-        return cls(Monitor(Setup.of(config.as_dict())), config.health.stop_on, log, say)
+        return cls(Monitor(Setup.of(config.as_dict())), config.health.stop_on, log, tell)
 
     def repeat(self, metrics: Path) -> None:
         """Go through the lines that a resumed run begins with: what was told of them is recorded anew, and not said."""
@@ -47,7 +47,7 @@ class HealthWatch:
     def after(self, row: Mapping[str, Any]) -> None:
         """Judge the run by one more line of its metrics."""
         for told in self._record(row):
-            self.say(told.as_text())
+            self.tell(told)
 
     def _record(self, row: Mapping[str, Any]) -> list[Told]:
         found = self.monitor.after(row)

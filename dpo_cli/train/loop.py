@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,11 +17,12 @@ from dpo_cli.train.console import RunConsole
 from dpo_cli.train.generator import BUFFER, Generator, GeneratorBatch
 from dpo_cli.train.health_watch import HealthWatch
 from dpo_cli.train.metric_sums import MetricSums
-from dpo_cli.train.metrics_log import MetricsLog
+from dpo_cli.train.metrics_log import MetricsLog, read_metrics
 from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.moving_reference import MovingReference
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.task_eval import TaskEvaluation
+from dpo_cli.train.throughput import Clock, Utilisation
 from dpo_cli.train.trackers import Trackers
 
 # The group of a checkpoint that holds the states of random generators.
@@ -80,20 +81,25 @@ class Training:
     trackers: Trackers
     console: RunConsole
     stop: StopRequest
+    utilisation: Utilisation | None = None
 
     def run(self, progress: Progress) -> None:
         """Train from `progress` to the last step, or to where a finding ends the run.
 
         Raises Interrupted after saving when a stop was requested.
         """
+        with self.console.training(self.settings.total_steps, progress.step, self._history):
+            self._run(progress)
+
+    def _run(self, progress: Progress) -> None:
         settings = self.settings
         if progress.evaluation_due:
             self._evaluate(progress)
         if progress.evaluation_due:
             # Cut short by a request to stop; the steps so far are saved, and evaluating them comes first again.
             self.stop.check(self.stop.kept)
-        clock = _Clock()
-        with self.stop.deferred(), self.console.progress("training", settings.total_steps, progress.step):
+        clock = Clock(self.loss.device, self.utilisation)
+        with self.stop.deferred():
             while progress.step < settings.total_steps and not progress.ended:
                 written = self._written(progress.step)
                 if self.generator is not None:
@@ -143,12 +149,12 @@ class Training:
                 if last or _due(progress.step, settings.eval_every):
                     progress.evaluation_due = True
                     self._evaluate(progress)
-                    clock = _Clock()
+                    clock.begin()
                     # Still due where a stop was requested meanwhile: no step may come before it is made up for.
                     stopping = stopping or progress.evaluation_due
                 if last or _due(progress.step, settings.save_every) or stopping:
                     self._save(progress)
-                    clock = _Clock()
+                    clock.begin()
                 if stopping:
                     self.stop.check(f"Step {progress.step} of {settings.total_steps} is saved.")
 
@@ -198,17 +204,14 @@ class Training:
         if self.generator is not None:
             self.generator.log.sync()
         self.trackers.flush()
-        self.checkpoints.save(
-            progress.step,
-            self._saved_tensors(),
-            {
-                "step": progress.step,
-                "tokens": progress.tokens,
-                "windows": self.ranks.gather(progress.window.state()),
-                "evaluation_due": progress.evaluation_due,
-            },
-            needed=self.engine.saved_bytes,
-        )
+        state = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "windows": self.ranks.gather(progress.window.state()),
+            "evaluation_due": progress.evaluation_due,
+        }
+        with self.console.doing("saving"):
+            self.checkpoints.save(progress.step, self._saved_tensors(), state, needed=self.engine.saved_bytes)
 
     def _saved_tensors(self) -> Iterator[SavedTensor]:
         yield from self.engine.saved_tensors()
@@ -222,10 +225,19 @@ class Training:
         metrics.update(extra, epoch=self._epoch(progress.step), num_tokens=progress.tokens)
         progress.window = MetricSums()
         self._record(progress.step, "train", metrics)
-        self.console.advance(progress.step, metrics)
 
     def _evaluate(self, progress: Progress) -> None:
         """Take the held-out metrics, unless a stop was requested: the steps are to be saved first."""
+        with self.console.doing("evaluating"):
+            metrics = self._held_out_metrics()
+        progress.evaluation_due = metrics is None
+        if not metrics:
+            return
+        metrics = self._with_derived(metrics) | {"epoch": self._epoch(progress.step)}
+        self._record(progress.step, "eval", metrics)
+
+    def _held_out_metrics(self) -> dict[str, float] | None:
+        """None where a stop was requested before all were taken."""
         metrics: dict[str, float] | None = {}
         if self.held_out is not None:
             metrics = self.loss.evaluate(
@@ -237,11 +249,10 @@ class Training:
         if self.task is not None and metrics is not None:
             solved = self.task.evaluate(self.engine, should_stop=lambda: self.stop.requested is not None)
             metrics = None if solved is None else metrics | solved
-        progress.evaluation_due = metrics is None
-        if not metrics:
-            return
-        metrics = self._with_derived(metrics) | {"epoch": self._epoch(progress.step)}
-        self._record(progress.step, "eval", metrics)
+        return metrics
+
+    def _history(self) -> Iterator[dict[str, Any]]:
+        return read_metrics(self.metrics.path) if self.metrics.path.exists() else iter(())
 
     def _record(self, step: int, split: str, metrics: dict[str, float]) -> None:
         if not self.ranks.is_main:
@@ -281,40 +292,3 @@ def restore_random_state(saved: Mapping[str, torch.Tensor], ranks: Ranks) -> Non
         torch.set_rng_state(saved[f"{mine}cpu"].cpu())
     if f"{mine}cuda" in saved and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved[f"{mine}cuda"].cpu())
-
-
-class _Clock:
-    """Throughput since it was made or last read; evaluation and saving are not counted."""
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self._started = self._mark = time.perf_counter()
-        self._tokens, self._waiting, self._sampling = 0, 0.0, 0.0
-
-    def sampled(self) -> None:
-        self._sampling += self._since_mark()
-
-    def data_ready(self) -> None:
-        self._waiting += self._since_mark()
-
-    def _since_mark(self) -> float:
-        before, self._mark = self._mark, time.perf_counter()
-        return self._mark - before
-
-    def step_done(self, tokens: int) -> None:
-        self._mark = time.perf_counter()
-        self._tokens += tokens
-
-    def read(self) -> dict[str, float]:
-        """Throughput since the last reading."""
-        elapsed = max(time.perf_counter() - self._started, 1e-9)
-        metrics = {
-            "perf/tokens_per_second": self._tokens / elapsed,
-            "perf/data_loading_pct": 100 * self._waiting / elapsed,
-        }
-        if self._sampling:
-            metrics["perf/sampling_pct"] = 100 * self._sampling / elapsed
-        self._begin()
-        return metrics

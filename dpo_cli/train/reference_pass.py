@@ -61,6 +61,7 @@ class ReferencePass:
         if kept is not None and kept.covers(indices):
             sums = kept
             self.console.say(f"reference: {len(sums.values):,} {split} responses kept by this run")
+            self._remember(split, f"{len(sums.values):,} responses, kept by this run")
         else:
             with self.stop.deferred():
                 sums = self._score(examples, split, indices if kept is None else np.union1d(indices, kept.indices))
@@ -89,10 +90,15 @@ class ReferencePass:
                 store=self.store,
                 tokens_per_batch=self.tokens_per_batch,
                 report=self.console.say,
+                planned=lambda plan: self._remember(split, plan.hits),
                 progress=progress,
                 should_stop=lambda: self.stop.agreed(self.ranks),
                 ranks=self.ranks,
             )
+
+    def _remember(self, split: str, hits: str) -> None:
+        if split == "train":
+            self.console.remember("reference", hits)
 
     def _score_together(self, examples: Sequence[Example]) -> list[list[NDArray[np.float32]]]:
         return score_examples(self.packed, examples)

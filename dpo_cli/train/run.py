@@ -24,7 +24,7 @@ from dpo_cli.engine.interface import whole_shape
 from dpo_cli.engine.ranks import Ranks, SoleRank
 from dpo_cli.errors import CheckpointError, Interrupted, OutOfMemory, StoreError
 from dpo_cli.forecast.machine import Machine
-from dpo_cli.forecast.plan import plan_or_nothing
+from dpo_cli.forecast.plan import Plan, plan_or_nothing
 from dpo_cli.forecast.report import summary as forecast_summary
 from dpo_cli.policy.export import final_state
 from dpo_cli.policy.load import LoadedModel, load_model, load_reference
@@ -50,6 +50,7 @@ from dpo_cli.train.reference_pass import ReferencePass, release_memory
 from dpo_cli.train.run_data import RunData, run_data
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.task_eval import TaskEvaluation
+from dpo_cli.train.throughput import Utilisation, typical_batch
 from dpo_cli.train.trackers import Trackers
 
 MANIFEST = "run.json"
@@ -73,7 +74,8 @@ def run_training(
     Raises a DpoError for whatever the user can mend, Interrupted (exit code 75) after a signal, EndedEarly (4) where a
     finding ended the run.
     """
-    run = _Run(config, run_dir, console or RunConsole(), StopRequest(), ranks or SoleRank())
+    console = console or RunConsole(level=config.log_level)
+    run = _Run(config, run_dir, console, StopRequest(console.interject), ranks or SoleRank())
     try:
         with run.stop.listening():
             run.execute()
@@ -108,11 +110,12 @@ class _Run:
         make_repeatable(seed=config.seed, deterministic=config.deterministic)
         say(f"run: {self.run_dir}")
         say(f"device: {describe(device, self.ranks.size)}")
+        self.console.explain(f"environment: {environment(device)}")
         objective = Objective.of(build_loss(config))
         if config.model.reference_sync_steps is not None:
             check_moving_reference(objective.declaration)
         data = self._prepare_data(objective)
-        self._forecast(device)
+        plan = self._forecast(device)
         policy = load_model(
             config.model, device=device, seed=config.seed, max_tokens=config.data.max_tokens, reading=backend.reading
         )
@@ -165,12 +168,13 @@ class _Run:
                     self.run_dir / "checkpoints", keep=config.keep_checkpoints, ranks=self.ranks, notify=say
                 ),
                 metrics=alive.enter_context(MetricsLog(self.run_dir / "metrics.jsonl")),
-                health=HealthWatch.of(config, self.run_dir, say, alive),
+                health=HealthWatch.of(config, self.run_dir, self.console.find, alive),
                 trackers=alive.enter_context(
                     Trackers.of(config.logger if self.ranks.is_main else LoggerConfig(), self.run_dir)
                 ),
                 console=self.console,
                 stop=self.stop,
+                utilisation=Utilisation.of(plan, device, typical_batch(data.train, objective.trained_responses)),
             )
             progress = self._resume(training)
             training.checkpoints.check_room(engine.saved_bytes)
@@ -198,11 +202,12 @@ class _Run:
             raise ended_early(self.run_dir, step=progress.step, name=ended_by)
         say(f"done in {_duration(time.monotonic() - began)}: {self.run_dir / FINAL}")
 
-    def _forecast(self, device: torch.device) -> None:
+    def _forecast(self, device: torch.device) -> Plan | None:
         machine = Machine(device.type == "cuda", device_bytes=memory_of(device), devices=self.ranks.size)
         plan = plan_or_nothing(self.config, machine)
         if plan is not None:
             self.console.say(forecast_summary(plan))
+        return plan
 
     def _prepare_data(self, objective: Objective) -> RunData:
         data = run_data(self.config, objective)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from dpo_cli.engine.ranks import Ranks
+from dpo_cli.engine.screen import screen_is_terminal, tell_at_once
 from dpo_cli.errors import Interrupted
 
 EXIT_SECOND_CTRL_C = 130
@@ -28,9 +29,11 @@ class StopRequest:
     """Whether somebody asked the run to end.
 
     requested: the signal's name. kept: what is on disk already, for the message of a stop that nothing defers.
+    tell: shows the user that a deferred signal was heard; it is called in the middle of anything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
+        self._tell = tell or (lambda text: tell_at_once(f"\n{text}\n"))
         self.requested: str | None = None
         self.kept = "No step was taken yet, so there was nothing to save."
         self._deferred = False
@@ -75,7 +78,7 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT and not self._is_echo():
             # A progress display that is cut off leaves the terminal without its cursor.
-            _tell("\x1b[?25h" if os.isatty(2) else "")
+            tell_at_once("\x1b[?25h\n" if screen_is_terminal() else "")
             os._exit(EXIT_SECOND_CTRL_C)
         repeated = self.requested is not None
         if not repeated:
@@ -85,12 +88,7 @@ class StopRequest:
             self._raised = True
             raise _Stopped
         if not repeated:
-            _tell(f"\n{self.requested}: finishing this step and saving; a second Ctrl-C leaves at once.\n")
+            self._tell(f"{self.requested}: finishing this step and saving; a second Ctrl-C leaves at once.")
 
     def _is_echo(self) -> bool:
         return "RANK" in os.environ and time.monotonic() - self._requested_at < _SAME_KEY_SECONDS
-
-
-def _tell(text: str) -> None:
-    """Past Python's buffers, which a signal may have interrupted in the middle of a write."""
-    os.write(2, text.encode())

@@ -28,7 +28,9 @@ from typing import Any
 from bench_report import MIB, Run, Runs, machine_line, parser_of, publish, ratio, run_fresh, spread, table_of
 from step_cases import CASES, QUICK_CASES, Pair, StepCase, pairs_of, save
 from step_flops import attention_flops, needed_flops, padded_flops, product_flops
-from step_gpu import GPU_CASES, device_line, gpu_sides, peak_tflops
+from step_gpu import GPU_CASES, device_line, gpu_sides
+
+from dpo_cli.forecast.peaks import peak_tflops
 
 SIDES = {"cpu": ("ours", "fair", "trl", "grouped"), "cuda": ("ours", "trl", "flash", "half", "grouped")}
 SHOWN = {

@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from step_cases import WIDE, StepCase
 
-# What its maker states for dense bfloat16 products, in 1e12 operations a second, by part of the device's name; of two
-# parts that fit the first counts.
-PEAK_TFLOPS = {
-    "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0,
-    "A10G": 70.0, "A10": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0,
-}  # fmt: skip
+from dpo_cli.forecast.peaks import peak_tflops
 
 _QWEN2_05B: dict[str, Any] = {"hidden": 896, "intermediate": 4864, "layers": 24, "heads": 14, "kv_heads": 2}
 _QWEN2_15B: dict[str, Any] = {"hidden": 1536, "intermediate": 8960, "layers": 28, "heads": 12, "kv_heads": 2}
@@ -43,11 +38,6 @@ GPU_CASES = {
 def gpu_sides() -> tuple[str, ...]:
     """TRL with the weights, the optimiser and the attention it can have on this machine."""
     return ("ours", "trl", *(("flash",) if find_spec("flash_attn") else ()), "half", "grouped")
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """None for a device that is not in the table."""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
 def device_line() -> str:

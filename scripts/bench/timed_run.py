@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from bench_report import seconds_since_launch
 from rich.console import Console
@@ -33,16 +34,17 @@ class StepClock(RunConsole):
         self._training = False
 
     @contextmanager
-    def progress(self, what: str, total: int, done: int = 0) -> Iterator[None]:
-        self._training = what == "training"
-        with super().progress(what, total, done):
+    def training(
+        self, total: int, done: int = 0, history: Callable[[], Iterable[Mapping[str, Any]]] = tuple
+    ) -> Iterator[None]:
+        self._training = True
+        with super().training(total, done, history):
             yield
         self._training = False
 
-    def advance(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
-        super().advance(done, metrics)
-        # With metrics it is told of a step that was told before, or is yet to be.
-        if self._training and metrics is None:
+    def advance(self, done: int) -> None:
+        super().advance(done)
+        if self._training:
             self.ends.append((seconds_since_launch(), time.process_time()))
 
 

@@ -10,7 +10,7 @@ import pytest
 from dpo_cli.config.check import check
 from dpo_cli.config.compose.composition import Request, compose
 from dpo_cli.health.curves import Setup
-from dpo_cli.health.monitor import Monitor
+from dpo_cli.health.monitor import Monitor, Told
 from dpo_cli.train.health_watch import HEALTH, HealthWatch
 from dpo_cli.train.metrics_log import MetricsLog, read_metrics
 
@@ -23,7 +23,10 @@ class Watched:
         self.metrics = MetricsLog(folder / "metrics.jsonl")
         self.health = folder / HEALTH
         setup = Setup.of(check(compose(Request(()))).as_dict())
-        self.watch = HealthWatch(Monitor(setup), stop_on, MetricsLog(self.health), self.said.append)
+        self.watch = HealthWatch(Monitor(setup), stop_on, MetricsLog(self.health), self._say)
+
+    def _say(self, told: Told) -> None:
+        self.said.append(told.as_text())
 
     def train(self, *steps: int, fall: float) -> Watched:
         for step in steps:
