@@ -13,7 +13,10 @@ from dpo_cli.errors import ConfigError
 
 @dataclass(frozen=True)
 class Arguments:
-    """overrides: key=value words, `resume=` left out. A flag that was not given is False or None."""
+    """overrides: key=value words, `resume=` and `show=` left out. A flag that was not given is False or None.
+
+    show: what of the configuration files is to be listed; "" for all groups.
+    """
 
     overrides: tuple[str, ...]
     resume: str | None
@@ -22,6 +25,8 @@ class Arguments:
     sweep: bool
     show_config: bool
     help: bool
+    help_all: bool
+    show: str | None
     version: bool
 
 
@@ -34,6 +39,7 @@ def parse_arguments(words: Sequence[str], *, program: str = "dpo-train") -> Argu
     """Raises ConfigError for an option that is incomplete; unknown ones become override words, reported with those."""
     parser = _Parser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--help-all", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--cfg", "-c", choices=["job"])
@@ -42,6 +48,7 @@ def parse_arguments(words: Sequence[str], *, program: str = "dpo-train") -> Argu
     parser.add_argument("--config-name", "-cn")
     # What argparse does not know keeps its place among the overrides only if argparse is not asked to sort them.
     options, overrides = parser.parse_known_args(list(words))
+    shown = [word.partition("=")[2] for word in overrides if word.startswith("show=")]
     resumes = [word.partition("=")[2] for word in overrides if word.startswith("resume=")]
     if len(resumes) > 1:
         raise ConfigError("resume= is given twice.", where="command line")
@@ -53,12 +60,14 @@ def parse_arguments(words: Sequence[str], *, program: str = "dpo-train") -> Argu
     if resume == "":
         raise ConfigError("resume= names no run folder.", where="command line", hint="resume=outputs/...")
     return Arguments(
-        overrides=tuple(word for word in overrides if not word.startswith("resume=")),
+        overrides=tuple(word for word in overrides if not word.startswith(("resume=", "show="))),
         resume=resume,
         config_dir=options.config_dir,
         config_name=options.config_name.removesuffix(".yaml") if options.config_name else None,
         sweep=options.multirun,
         show_config=options.cfg is not None,
         help=options.help,
+        help_all=options.help_all,
+        show=shown[-1] if shown else None,
         version=options.version,
     )

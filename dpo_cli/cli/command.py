@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,10 @@ Options
   --cfg job           show the configuration instead of {doing}
   --config-dir DIR    look for configuration files in DIR as well
   --config-name NAME  start from NAME.yaml of that folder, whose defaults list begins with `{config_name}`
+  --completion SHELL  print what makes bash, zsh or fish complete groups, choices and keys
   --version, --help
 
-Groups: choose with GROUP=CHOICE
+Groups: choose with GROUP=CHOICE; show=GROUP tells what each choice is
 """
 _EXIT_CODES = """
 Exit codes: 0 done, 2 bad input (nothing was written), 75 stopped by a signal after keeping what was finished (give the
@@ -73,17 +75,18 @@ def main_of(command: Command, argv: Sequence[str] | None) -> int:
 
 def _dispatch(command: Command, words: list[str]) -> None:
     arguments = parse_arguments(words, program=command.name)
-    if arguments.help:
-        from dpo_cli.cli.help import page
-        from dpo_cli.config.command_checks import GROUPS
+    if arguments.help or arguments.help_all:
+        print(_help(command), end="")
+        return
+    if arguments.show is not None:
+        from dpo_cli.cli.show import show
+        from dpo_cli.config.shipped import COMMAND_GROUPS
 
-        files = [
-            (f"{command.config_name}.yaml", ""),
-            ("model/_base.yaml", "model"),
-            ("hardware/single_gpu.yaml", "hardware"),
-        ]
-        head = command.introduction + OPTIONS.format(doing=command.doing, config_name=command.config_name)
-        print(page(head, GROUPS, files, _EXIT_CODES), end="")
+        every_key = partial(_help, command)
+        told = show(
+            arguments, program=command.name, groups=COMMAND_GROUPS, config=command.config_name, every_key=every_key
+        )
+        print(told, end="")
         return
     if arguments.version:
         print(f"dpo-cli {installed_version()}")
@@ -102,11 +105,24 @@ def _dispatch(command: Command, words: list[str]) -> None:
         _compute(command, config, work)
 
 
+def _help(command: Command) -> str:
+    from dpo_cli.cli.help import page
+    from dpo_cli.config.shipped import COMMAND_GROUPS
+
+    files = [
+        (f"{command.config_name}.yaml", ""),
+        ("model/_base.yaml", "model"),
+        ("hardware/single_gpu.yaml", "hardware"),
+    ]
+    head = command.introduction + OPTIONS.format(doing=command.doing, config_name=command.config_name)
+    return page(head, COMMAND_GROUPS, files, _EXIT_CODES)
+
+
 def _checked(command: Command, arguments: Arguments) -> CommandConfig:
     from dpo_cli.config.check import check_by
-    from dpo_cli.config.command_checks import GROUPS
     from dpo_cli.config.compose.composition import Request, compose
     from dpo_cli.config.loss_signature import import_path_includes
+    from dpo_cli.config.shipped import COMMAND_GROUPS
 
     if arguments.sweep or arguments.resume is not None:
         raise ConfigError(
@@ -120,7 +136,7 @@ def _checked(command: Command, arguments: Arguments) -> CommandConfig:
         arguments.overrides,
         arguments.config_dir,
         arguments.config_name or command.config_name,
-        groups=GROUPS,
+        groups=COMMAND_GROUPS,
         program=command.name,
     )
     config: CommandConfig = check_by(command.rules(), compose(request))

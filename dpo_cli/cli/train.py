@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -80,6 +81,13 @@ def dispatch(arguments: Arguments, *, train: Train | None = None) -> None:
         print(help_text(), end="")
     elif arguments.version:
         print(f"dpo-cli {installed_version()}")
+    elif arguments.help_all or arguments.show is not None:
+        from dpo_cli.cli.help import every_key
+        from dpo_cli.cli.show import show
+        from dpo_cli.config.shipped import GROUPS
+
+        told = partial(show, program="dpo-train", groups=GROUPS, config="config", every_key=every_key)
+        print(every_key() if arguments.help_all else told(arguments), end="")
     elif arguments.resume is not None:
         _resume(arguments, train)
     elif arguments.sweep:

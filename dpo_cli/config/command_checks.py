@@ -30,12 +30,11 @@ from dpo_cli.config.contradictions import (
 from dpo_cli.config.keys import fields_of, known_keys
 from dpo_cli.config.machine_checks import Check, Values, nvme_has_a_place, workers_need_deepspeed
 from dpo_cli.config.schema import Config
-from dpo_cli.config.shipped import GROUPS as TRAINING_GROUPS
+from dpo_cli.config.shipped import COMMAND_GROUPS, GROUPS
 from dpo_cli.config.suggest import suggest_choice
 from dpo_cli.data.reasons import FINDINGS, REASONS
 from dpo_cli.errors import ConfigError
 
-GROUPS = ("model", "hardware")
 CONVERT_ENDINGS = (".jsonl", ".parquet")
 
 
@@ -265,12 +264,12 @@ def _without_a_model(values: Any) -> frozenset[str]:
     return frozenset({"model.path"} if values.get("mode") == "compare" else ())
 
 
-SAMPLE = Rules(SampleConfig, partial(_known, SampleConfig), GROUPS, _COMMON + _SAMPLE)
-EVAL = Rules(EvalConfig, partial(_known, EvalConfig), GROUPS, _COMMON + _EVAL, spared=_without_a_model)
+SAMPLE = Rules(SampleConfig, partial(_known, SampleConfig), COMMAND_GROUPS, _COMMON + _SAMPLE)
+EVAL = Rules(EvalConfig, partial(_known, EvalConfig), COMMAND_GROUPS, _COMMON + _EVAL, spared=_without_a_model)
 DATA_CHECK = Rules(
     DataCheckConfig,
     _known_to_a_check,
-    TRAINING_GROUPS,
+    GROUPS,
     (*CHECKS, (_findings_are_known, ("fail_on",)), (partial(_is_free, "out"), ("out",))),
 )
 CONVERT = Rules(ConvertConfig, partial(_known, ConvertConfig), ("data",), _CONVERT)

@@ -9,6 +9,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 CONF_FOLDER = _PACKAGE / "conf"
 RECIPES_FOLDER = _PACKAGE / "recipes"
 GROUPS = ("model", "data", "loss", "optimizer", "hardware", "logger", "recipe")
+# Those of dpo-sample and dpo-eval.
+COMMAND_GROUPS = ("model", "hardware")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,35 @@ def choices(group: str) -> list[str]:
     """The shipped choices of a group; files that start with an underscore are only parts of others."""
     names = [Path(name).stem for name in shipped_files() if name.rpartition("/")[0] == group]
     return sorted(name for name in names if not name.startswith("_"))
+
+
+def file_of(group: str, choice: str) -> Path:
+    folder = RECIPES_FOLDER if group == "recipe" else CONF_FOLDER / group
+    return folder / f"{choice}.yaml"
+
+
+def description(file: Path) -> str:
+    """What a file is, in the first sentence of the comment it begins with; nothing if it begins otherwise."""
+    comment: list[str] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# @package"):
+            continue
+        if not line.startswith("# "):
+            break
+        comment.append(line.lstrip("# "))
+    return " ".join(comment).partition(". ")[0].rstrip(".:")
+
+
+def default_choices(file: Path) -> dict[str, str]:
+    """What a file's defaults list chooses, by group; read as lines, because a YAML reader would take longer."""
+    found: dict[str, str] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        group, colon, choice = line.strip().removeprefix("- ").partition(": ")
+        if line.startswith("  - ") and colon and group in GROUPS:
+            found[group] = choice.strip("[]")
+        elif found and line and not line.startswith(" "):
+            break
+    return found
 
 
 def display_path(file: Path) -> str:

@@ -15,9 +15,9 @@ from dpo_cli.cli.data import main as data_main
 from dpo_cli.cli.eval import main as eval_main
 from dpo_cli.cli.sample import main as sample_main
 from dpo_cli.config.check import TRAINING, check_by
-from dpo_cli.config.command_checks import DATA_CHECK, EVAL, GROUPS, SAMPLE
+from dpo_cli.config.command_checks import DATA_CHECK, EVAL, SAMPLE
 from dpo_cli.config.compose.composition import Request, compose
-from dpo_cli.config.shipped import CONF_FOLDER, documented_keys
+from dpo_cli.config.shipped import COMMAND_GROUPS, CONF_FOLDER, documented_keys
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "peft", "tensorboard")
 MAINS = {"sample": sample_main, "eval": eval_main, "data": data_main}
@@ -69,7 +69,7 @@ def test_the_schema_and_the_file_know_the_same_keys(rules: Any, name: str) -> No
 
 
 def test_a_model_that_brings_data_to_training_brings_none_here() -> None:
-    composition = compose(Request(SAMPLE_WORDS, None, "sample", groups=GROUPS, program="dpo-sample"))
+    composition = compose(Request(SAMPLE_WORDS, None, "sample", groups=COMMAND_GROUPS, program="dpo-sample"))
     assert check_by(SAMPLE, composition).model.path == "dpo_cli://example/base"
     assert "data" not in composition.values
 
@@ -196,7 +196,7 @@ def test_bad_input_to_dpo_eval_is_refused_with_a_way_out(case: str, refused_by: 
 
 def test_a_run_needs_no_reference_and_no_beta() -> None:
     words = ("mode=preferences", "model=local", "model.path=run", "data=q.jsonl")
-    config = check_by(EVAL, compose(Request(words, None, "eval", groups=GROUPS, program="dpo-eval")))
+    config = check_by(EVAL, compose(Request(words, None, "eval", groups=COMMAND_GROUPS, program="dpo-eval")))
     assert (config.beta, config.model.reference) == (None, None)
 
 
