@@ -15,7 +15,7 @@ from dpo_cli.errors import ConfigError
 class Arguments:
     """overrides: key=value words, `resume=` and `show=` left out. A flag that was not given is False or None.
 
-    show: what of the configuration files is to be listed; "" for all groups.
+    show: what of the configuration files is to be listed; "" for all groups. completion: for which shell.
     """
 
     overrides: tuple[str, ...]
@@ -26,8 +26,15 @@ class Arguments:
     show_config: bool
     help: bool
     help_all: bool
-    show: str | None
     version: bool
+    show: str | None
+    completion: str | None
+
+    @property
+    def shows_only(self) -> bool:
+        """Whether something is to be told, and nothing done."""
+        asked = self.help or self.help_all or self.version or self.show_config
+        return asked or self.show is not None or self.completion is not None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,6 +47,7 @@ def parse_arguments(words: Sequence[str], *, program: str = "dpo-train") -> Argu
     parser = _Parser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--help-all", action="store_true")
+    parser.add_argument("--completion", nargs="?", const="")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--cfg", "-c", choices=["job"])
@@ -68,6 +76,7 @@ def parse_arguments(words: Sequence[str], *, program: str = "dpo-train") -> Argu
         show_config=options.cfg is not None,
         help=options.help,
         help_all=options.help_all,
+        completion=options.completion,
         show=shown[-1] if shown else None,
         version=options.version,
     )

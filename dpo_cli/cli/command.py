@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_cli.cli.answers import answer
 from dpo_cli.cli.arguments import Arguments, parse_arguments
-from dpo_cli.cli.train import exit_code_of, installed_version, show_settings
+from dpo_cli.cli.train import exit_code_of, show_settings
 from dpo_cli.engine.environment import is_worker, stop_seconds
 from dpo_cli.errors import ConfigError, Interrupted
 
@@ -75,21 +76,17 @@ def main_of(command: Command, argv: Sequence[str] | None) -> int:
 
 def _dispatch(command: Command, words: list[str]) -> None:
     arguments = parse_arguments(words, program=command.name)
-    if arguments.help or arguments.help_all:
-        print(_help(command), end="")
-        return
-    if arguments.show is not None:
-        from dpo_cli.cli.show import show
-        from dpo_cli.config.shipped import COMMAND_GROUPS
+    from dpo_cli.config.shipped import COMMAND_GROUPS
 
-        every_key = partial(_help, command)
-        told = show(
-            arguments, program=command.name, groups=COMMAND_GROUPS, config=command.config_name, every_key=every_key
-        )
+    told = answer(
+        arguments,
+        program=command.name,
+        groups=COMMAND_GROUPS,
+        config=command.config_name,
+        every_key=partial(_help, command),
+    )
+    if told is not None:
         print(told, end="")
-        return
-    if arguments.version:
-        print(f"dpo-cli {installed_version()}")
         return
     config = _checked(command, arguments)
     if arguments.show_config:

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_cli.cli.answers import answer
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.cli.command import OPTIONS
-from dpo_cli.cli.train import exit_code_of, installed_version, show_settings
+from dpo_cli.cli.train import exit_code_of, show_settings
 from dpo_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> None:
     converts = words[:1] == ["convert"]
     arguments = parse_arguments(words[1:] if converts or words[:1] == ["check"] else words, program=_PROGRAM)
-    if arguments.help or arguments.help_all:
-        print(_help(converts=converts), end="")
-    elif arguments.show is not None:
-        print(_shown(arguments, converts=converts), end="")
-    elif arguments.version:
-        print(f"dpo-cli {installed_version()}")
+    from dpo_cli.config.shipped import GROUPS
+
+    groups, config = (("data",), "convert") if converts else (GROUPS, "config")
+    every_key = partial(_help, converts=converts)
+    told = answer(arguments, program=_PROGRAM, groups=groups, config=config, every_key=every_key)
+    if told is not None:
+        print(told, end="")
     elif converts:
         _convert(arguments)
     else:
@@ -64,16 +66,6 @@ def _help(*, converts: bool) -> str:
     options = OPTIONS.format(doing="checking", config_name="check")
     files = [("check.yaml", ""), ("data/_base.yaml", "data"), ("model/_base.yaml", "model")]
     return page(_INTRODUCTION + options, GROUPS, files, "  ... and every other key of dpo-train.\n" + _EXIT_CODES)
-
-
-def _shown(arguments: Arguments, *, converts: bool) -> str:
-    from dpo_cli.cli.show import show
-    from dpo_cli.config.shipped import GROUPS
-
-    groups, config = (("data",), "convert") if converts else (GROUPS, "config")
-    return show(
-        arguments, program=_PROGRAM, groups=groups, config=config, every_key=partial(_help, converts=converts)
-    )
 
 
 def _check(arguments: Arguments) -> None:

@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dpo_cli.cli.arguments import Arguments
 from dpo_cli.cli.help import keys_of
 from dpo_cli.config.shipped import CONF_FOLDER, choices, default_choices, description, file_of
 from dpo_cli.config.suggest import suggest_choice
@@ -28,13 +27,16 @@ _BROUGHT = {"data": "; model=tiny brings data=arithmetic along"}
 _KEYS = "keys"
 
 
-def show(arguments: Arguments, *, program: str, groups: Sequence[str], config: str, every_key: Callable[[], str]) -> str:
-    """What `show=...` asks for. config: the file of conf/ that the command starts from. every_key: the long page.
+def show(
+    name: str, *, program: str, groups: Sequence[str], config: str, own: Path | None, every_key: Callable[[], str]
+) -> str:
+    """What `show=NAME` asks for.
 
+    config: the file of conf/ that the command starts from. own: a folder of the user's with more choices. every_key:
+    the page with every key.
     Raises ConfigError for what is neither a group nor a choice.
     """
-    name = (arguments.show or "").strip().strip("/")
-    own = arguments.config_dir
+    name = name.strip().strip("/")
     if name in ("", "groups"):
         lines = _table((group, _DECIDES[group]) for group in groups)
         listed = f"show=GROUP lists its choices, show=GROUP/CHOICE the keys of one, show={_KEYS} every key."

@@ -9,11 +9,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dpo_cli.cli.answers import answer, installed_version
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.config.secrets import mask_tokens
 from dpo_cli.engine.environment import is_worker
@@ -75,19 +74,14 @@ class Train(Protocol):
 def dispatch(arguments: Arguments, *, train: Train | None = None) -> None:
     """Do what the command line asks for. train: what is done with a checked configuration; trains, if left out."""
     train = train or _train
-    if arguments.help:
-        from dpo_cli.cli.help import help_text
+    from dpo_cli.cli.help import every_key, help_text
+    from dpo_cli.config.shipped import GROUPS
 
-        print(help_text(), end="")
-    elif arguments.version:
-        print(f"dpo-cli {installed_version()}")
-    elif arguments.help_all or arguments.show is not None:
-        from dpo_cli.cli.help import every_key
-        from dpo_cli.cli.show import show
-        from dpo_cli.config.shipped import GROUPS
-
-        told = partial(show, program="dpo-train", groups=GROUPS, config="config", every_key=every_key)
-        print(every_key() if arguments.help_all else told(arguments), end="")
+    told = answer(
+        arguments, program="dpo-train", groups=GROUPS, config="config", every_key=every_key, help_text=help_text
+    )
+    if told is not None:
+        print(told, end="")
     elif arguments.resume is not None:
         _resume(arguments, train)
     elif arguments.sweep:
@@ -240,13 +234,6 @@ def _report_bug() -> int:
 def blame(*, ours: bool) -> str:
     """Whose a bug is."""
     return f"This is a bug of dpo-cli {installed_version()}, not of your input." if ours else "It lies in code of yours."
-
-
-def installed_version() -> str:
-    try:
-        return version("dpo-cli")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

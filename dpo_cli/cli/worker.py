@@ -72,7 +72,7 @@ def _run_main(words: list[str]) -> int:
 
     def run() -> None:
         arguments.append(_parse(words))
-        if not _shows_only(arguments[0]):
+        if not arguments[0].shows_only:
             watch.start()
         with StopRequest().listening():
             dispatch(arguments[0], train=train)
@@ -92,7 +92,7 @@ def _run_main(words: list[str]) -> int:
             _run_rank(config, folder, watch)
 
     code = exit_code_of(run)
-    if arguments and not _shows_only(arguments[0]) and not handed_over:
+    if arguments and not arguments[0].shows_only and not handed_over:
         from dpo_cli.engine.rendezvous import tell_exit_code
 
         # The user knows already, of an error or a plan; the others are told so that they end with the same exit code.
@@ -103,7 +103,7 @@ def _run_main(words: list[str]) -> int:
 def _run_other(words: list[str]) -> int:
     """Rank 0 does the talking."""
     try:
-        if _shows_only(_parse(words)):
+        if _parse(words).shows_only:
             return 0
         watch = Watch()
         watch.start()
@@ -153,10 +153,6 @@ def _parse(words: list[str]) -> Arguments:
             hint="dpo-train -m hardware=...: it starts the processes of each run by itself",
         )
     return arguments
-
-
-def _shows_only(arguments: Arguments) -> bool:
-    return arguments.help or arguments.version or arguments.show_config
 
 
 def _saved_config(folder: Path) -> Config:
