@@ -85,6 +85,8 @@ def test_the_gpu_s_table_tells_utilisation_where_the_peak_is_known_and_failures_
     from step_cases import pairs_of
     from step_gpu import GPU_CASES
 
+    from dpo_cli.forecast.peaks import peak_tflops
+
     assert [peak_tflops(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA L40S", "Some GPU")] == [
         989, 756, 362, None,
     ]  # fmt: skip

@@ -19,7 +19,7 @@ def answer(
 ) -> str | None:
     """The text to print; None where something else was asked for.
 
-    config: the file of conf/ that the command starts from. every_key: the page with every key. help_text: a shorter one.
+    config: the file of conf/ that it starts from. every_key: the page with every key; help_text: a shorter one.
     """
     if arguments.help and help_text is not None:
         return help_text()

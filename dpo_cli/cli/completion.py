@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -32,7 +33,8 @@ complete -o default -F _dpo_cli PROGRAMS
 _ZSH = """\
 _dpo_cli() {
     local -a found open whole
-    found=(${(f)"$(PYTHON -P -m dpo_cli.cli.completion ${words[1]:t} "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)"})
+    local line="${(j: :)words[1,CURRENT-1]} $PREFIX"
+    found=(${(f)"$(PYTHON -P -m dpo_cli.cli.completion ${words[1]:t} $line 2>/dev/null)"})
     open=(${(M)found:#*[=.]}) whole=(${found:#*[=.]})
     (( $#open )) && compadd -S '' -- $open
     (( $#whole )) && compadd -- $whole
@@ -42,8 +44,11 @@ _dpo_cli() {
 compdef _dpo_cli PROGRAMS
 """
 _FISH = """\
+function _dpo_cli
+    PYTHON -P -m dpo_cli.cli.completion $argv[1] (commandline -cp | string collect) 2>/dev/null
+end
 for program in PROGRAMS
-    complete -c $program -a "(PYTHON -P -m dpo_cli.cli.completion $program (commandline -cp | string collect) 2>/dev/null)"
+    complete -c $program -a "(_dpo_cli $program)"
 end
 """
 _SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
@@ -87,7 +92,7 @@ def script(shell: str) -> str:
 
 
 def candidates(program: str, line: str) -> list[str]:
-    """Words that could stand at the end of a command line that is typed so far; "=" or "." at their end ask for more."""
+    """Words that could stand at the end of what is typed so far; "=" or "." at their end ask for more."""
     *before, current = _words(line)
     while before and Path(before[0]).name != program:
         before.pop(0)
@@ -108,8 +113,8 @@ def candidates(program: str, line: str) -> list[str]:
         key = current.partition("=")[0]
         found = (f"{key}={value}" for value in _values(key.lstrip("+"), known, before))
     else:
-        names = [*(known.first if not before else ()), *(_up_to_a_section(key, current) for key in _keys(known, before))]
-        found = dict.fromkeys(names)
+        keys = (_up_to_a_section(key, current) for key in _keys(known, before))
+        found = dict.fromkeys([*(() if before else known.first), *keys])
     return [word for word in found if word.startswith(current)]
 
 
@@ -149,8 +154,7 @@ def _files(program: _Program, before: Sequence[str]) -> Iterator[tuple[Path, str
 
 def _own(before: Sequence[str]) -> list[Path]:
     """The folder of --config-dir."""
-    pairs = zip(before, before[1:], strict=False)
-    return [Path(value) for option, value in pairs if option in ("--config-dir", "-cd")]
+    return [Path(value) for option, value in pairwise(before) if option in ("--config-dir", "-cd")]
 
 
 def _values(key: str, program: _Program, before: Sequence[str]) -> list[str]:
@@ -161,9 +165,9 @@ def _values(key: str, program: _Program, before: Sequence[str]) -> list[str]:
         return [*choices(key), *(name for name in own if not name.startswith("_"))]
     if key == "show":
         return [*program.groups, "groups", "keys"]
-    defaults = {
-        found.name: found.default for file, section in _files(program, before) for found in documented_keys(file, section)
-    }
+    defaults: dict[str, str] = {}
+    for file, section in _files(program, before):
+        defaults |= {found.name: found.default for found in documented_keys(file, section) if found.default}
     if defaults.get(key) in ("true", "false"):
         return ["true", "false"]
     return _literals(key, program.config) if key in defaults else []

@@ -87,10 +87,11 @@ def page(head: str, groups: Sequence[str], files: Sequence[tuple[str, str]], tai
 def keys_of(file: Path, section: str) -> list[str]:
     """The keys of one choice, those of the file it builds on included, as the long page shows them."""
     base = file_of(section, "_base")
-    own = {key.name: key for key in documented_keys(file, section) if key.default}
-    built_on = documented_keys(base, section) if base.exists() else []
-    keys = {key.name: replace(key, default=own[key.name].default if key.name in own else key.default) for key in built_on}
-    return [_entry(key) for key in (keys | {name: own[name] for name in own if name not in keys}).values() if key.default]
+    keys = {key.name: key for key in (documented_keys(base, section) if base.exists() else ())}
+    for key in documented_keys(file, section):
+        # What the file it builds on explains need not be explained again.
+        keys[key.name] = replace(key, meaning=key.meaning or keys.get(key.name, key).meaning)
+    return [_entry(key) for key in keys.values() if key.default]
 
 
 def _listed(groups: Sequence[str]) -> list[str]:

@@ -233,7 +233,9 @@ def _report_bug() -> int:
 
 def blame(*, ours: bool) -> str:
     """Whose a bug is."""
-    return f"This is a bug of dpo-cli {installed_version()}, not of your input." if ours else "It lies in code of yours."
+    if not ours:
+        return "It lies in code of yours."
+    return f"This is a bug of dpo-cli {installed_version()}, not of your input."
 
 
 if __name__ == "__main__":

@@ -81,8 +81,7 @@ def screen_to_ourselves(log: Path, *, level: str) -> Iterator[None]:
         except Exception as error:
             if isinstance(error, OSError) and as_mendable(error) is not None:
                 raise
-            for line in traceback.format_exception(error):
-                sys.stderr.write(mask_tokens(line))
+            os.write(2, mask_tokens("".join(traceback.format_exception(error))).encode())
             raise LoggedBug(error, log) from error
 
 

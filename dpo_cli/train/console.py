@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -209,7 +210,7 @@ class _View(Live):
         self._shown = panel
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        """Begin where the panel begins; a terminal that was made narrower has wrapped its lines, which rich overlooks."""
+        """Begin where the panel begins; a terminal made narrower has wrapped its lines, which rich overlooks."""
         width = self.console.width
         wrapped = sum(max(0, columns - 1) // width for columns in self._shown.drawn)
         up = Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * wrapped)
@@ -220,8 +221,6 @@ class _Screen(Console):
     """A console on standard output that asks its own terminal for its size, and hands each frame over in one piece."""
 
     def __init__(self, **settings: Any) -> None:
-        import sys
-
         super().__init__(file=cast(IO[str], _InOnePiece(sys.stdout)), **settings)
 
     @property
@@ -233,6 +232,10 @@ class _Screen(Console):
             except (AttributeError, OSError, ValueError):
                 pass
         return super().size
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self.width, self.height = new_size
 
 
 class _InOnePiece:

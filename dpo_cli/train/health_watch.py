@@ -22,7 +22,10 @@ HEALTH = "health.jsonl"
 
 @dataclass
 class HealthWatch:
-    """stop_on: names of findings. tell: shows one on the screen. ends: the one of them that ends the run, once it was told as more than a note."""
+    """stop_on: names of findings. tell: shows one on the screen.
+
+    ends: the one of them that ends the run, once it was told as more than a note.
+    """
 
     monitor: Monitor
     stop_on: Collection[str]

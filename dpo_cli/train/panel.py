@@ -1,6 +1,6 @@
-"""The live view of a training: a few calm lines, and the block that stays when it is over. It only knows what it is told.
+"""The live view of a training: a few calm lines, and the block that stays when it is over.
 
-Lines have no frame and no padding, so that a terminal made narrower has little to wrap.
+It knows only what it is told. Lines have no frame and no padding, so that a terminal made narrower has little to wrap.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _CURVES = {
 }
 _SPEED = {
     "perf/tokens_per_second": "{:,.0f} tokens/s",
+    "perf/sampling_pct": "{:.0f}% of the time sampling",
     "perf/mfu_pct": "MFU {:.1f}%",
     "perf/memory_gib": "memory {:.1f} GiB",
-    "perf/sampling_pct": "{:.0f}% of it sampling",
 }
 _GENERATOR = {
-    "generator/eos_rate": "{:.0%} end",
+    "generator/eos_rate": "{:.0%} ended",
     "generator/length": "{:.0f} tokens each",
     "generator/active_fraction": "{:.0%} below their truth",
     "generator/kl": "KL {:.3g}",

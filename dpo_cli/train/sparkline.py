@@ -21,11 +21,17 @@ def sparkline(values: Sequence[float], width: int, *, blocks: str = BLOCKS) -> s
     finite = [value for value in shown if math.isfinite(value)]
     if not finite:
         return " " * len(shown)
-    low, high = min(finite), max(finite)
-    if high == low:
-        low, high = low - 1, high + 1
+    # In units of the largest, so that no difference overflows.
+    unit = max(map(abs, finite)) or 1.0
+    low, high = min(finite) / unit, max(finite) / unit
     top = len(blocks) - 1
-    return "".join(blocks[round(top * (value - low) / (high - low))] if math.isfinite(value) else " " for value in shown)
+
+    def block(value: float) -> str:
+        if not math.isfinite(value):
+            return " "
+        return blocks[round(top * (value / unit - low) / (high - low)) if high > low else len(blocks) // 2]
+
+    return "".join(map(block, shown))
 
 
 def _stretches(count: int, width: int) -> list[tuple[int, int]]:

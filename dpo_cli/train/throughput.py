@@ -1,4 +1,4 @@
-"""How fast a training is, and what it takes of its device: read off clocks and counters, never by waiting for the device."""
+"""How fast a training is and what it takes of its device: read off clocks and counters, without waiting for it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def typical_batch(examples: Examples, trained_responses: int | None) -> Batch:
 
 
 def memory_gib(device: torch.device) -> float | None:
-    """The most that tensors have taken of this rank's GPU; on a CPU what the process takes now. None if nobody tells."""
+    """The most that tensors have taken of this rank's GPU; on a CPU what the process takes now. None: unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _GIB
     try:

@@ -40,7 +40,7 @@ def test_nothing_else_is_left_in_the_folder_it_was_started_from(folder: Path, ha
     assert [path.name for path in folder.iterdir()] == ["outputs"]
     (run,) = (folder / "outputs").iterdir()
     assert str(run.relative_to(folder)) == handed_over.configs[0].run_dir
-    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml", "overrides.yaml"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml", "log.txt", "overrides.yaml"]
 
 
 def test_runs_that_start_in_the_same_second_get_folders_of_their_own(folder: Path, handed_over: HandedOver) -> None:
@@ -148,12 +148,16 @@ def test_a_job_that_fails_stops_the_sweep_with_its_exit_code(
     assert "dpo-train resume=sweep/1" in capsys.readouterr().err
 
 
-def test_our_own_bug_shows_its_traceback(handed_over: HandedOver, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_that_nobody_foresaw_is_told_shortly_and_logged_whole(
+    folder: Path, handed_over: HandedOver, capsys: pytest.CaptureFixture[str]
+) -> None:
     handed_over.raises[0] = ZeroDivisionError("surprise")
-    assert main([REAL]) == 1
+    assert main([REAL, "run_dir=run"]) == 1
     said = capsys.readouterr().err
-    assert "Traceback" in said
-    assert "bug of dpo-cli" in said
+    assert said.startswith("dpo-train: ZeroDivisionError: surprise\n")
+    assert "in run_training: raise failure" in said and "whole traceback: run/log.txt" in said
+    assert "Traceback" not in said
+    assert "Traceback" in (folder / "run/log.txt").read_text()
 
 
 def test_a_full_disk_is_no_bug(handed_over: HandedOver, capsys: pytest.CaptureFixture[str]) -> None:

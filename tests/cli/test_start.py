@@ -31,7 +31,15 @@ print(code, *sorted(set(sys.modules) & set({heavy!r})), sep=",", file=sys.stderr
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [(["--help"], 0), (["--version"], 0), ([REAL, "--cfg", "job"], 0), ([REAL, "loss.beat=1"], 2), (["resume=x"], 2)],
+    [
+        (["--help"], 0),
+        (["show=loss"], 0),
+        (["--completion", "bash"], 0),
+        (["--version"], 0),
+        ([REAL, "--cfg", "job"], 0),
+        ([REAL, "loss.beat=1"], 2),
+        (["resume=x"], 2),
+    ],
 )
 def test_a_quick_answer_imports_nothing_heavy(words: list[str], code: int, folder: Path) -> None:
     script = _ANSWER_AND_LIST_MODULES.format(heavy=HEAVY)
@@ -63,8 +71,10 @@ def test_a_reader_who_leaves_early_is_not_complained_to(folder: Path) -> None:
     assert piped.stderr == ""
 
 
-def test_help_lists_every_choice_and_every_key() -> None:
-    text = help_text()
+@pytest.mark.parametrize("words", [["--help-all"], ["show=keys"]])
+def test_the_long_help_lists_every_choice_and_every_key(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    text = capsys.readouterr().out
     for group in GROUPS:
         for choice in choices(group):
             assert choice in text

@@ -28,8 +28,8 @@ def test_a_diff_names_every_leaf_that_differs() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "log_every=1", "log_level=error", "eval_every=0", "save_every=7", "keep_checkpoints=9", "logger=[]", "run_dir=moved",
-        "store_dir=s",
+        "log_every=1", "eval_every=0", "save_every=7", "keep_checkpoints=9", "logger=[]", "run_dir=moved",
+        "store_dir=s", "log_level=error",
         "tokens_per_microbatch=4096", "hardware.device=cpu", "model.gradient_checkpointing=true", "data.workers=3",
         "model.attention=sdpa", "model.pad_rows_to=64",
         "optimizer.schedule=linear",
