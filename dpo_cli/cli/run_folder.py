@@ -87,7 +87,7 @@ def save_resumed(folder: Path, config: Config, request: Request) -> None:
 def read_saved_run(folder: Path) -> SavedRun:
     """Raises CheckpointError when `folder` is no run folder, or its settings are damaged."""
     if not folder.is_dir():
-        raise CheckpointError(f"There is no run folder {folder}.", where="resume", hint=_newest_runs(folder))
+        raise CheckpointError(f"There is no run folder {folder}.", where="resume", hint=_newest_run(folder.parent))
     if (folder / SWEEP_FILE).exists():
         jobs = [job.name for job in folder.iterdir() if (job / REQUEST_FILE).exists()]
         jobs.sort(key=lambda name: (len(name), name))
@@ -95,7 +95,8 @@ def read_saved_run(folder: Path) -> SavedRun:
         raise CheckpointError(f"{folder} is a sweep, not one run.", where="resume", hint=named)
     if not (folder / REQUEST_FILE).exists():
         run = next((parent for parent in folder.absolute().parents if (parent / REQUEST_FILE).exists()), None)
-        hint = f"resume={run}" if run else "name the folder that holds config.yaml and checkpoints/"
+        hint = f"resume={run}" if run else _newest_run(folder)
+        hint = hint or "name the folder that holds config.yaml and checkpoints/"
         raise CheckpointError(f"{folder} is not a run folder: it has no {REQUEST_FILE}.", where="resume", hint=hint)
     saved, settings = _read_yaml(folder / REQUEST_FILE), _read_yaml(folder / CONFIG_FILE)
     try:
@@ -200,8 +201,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
-def _newest_runs(folder: Path) -> str | None:
-    parent = folder.parent
+def _newest_run(parent: Path) -> str | None:
     runs = [item for item in parent.iterdir() if (item / REQUEST_FILE).exists()] if parent.is_dir() else []
     newest = max(runs, key=lambda run: run.stat().st_mtime, default=None)
     return f"the newest run there: resume={newest}" if newest else None

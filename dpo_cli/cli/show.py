@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
@@ -43,7 +44,8 @@ def show(
         return "\n".join([f"Groups of {program}: choose with GROUP=CHOICE", *lines, listed]) + "\n"
     if name == _KEYS:
         return every_key()
-    group, _, choice = name.partition("/")
+    group, *rest = re.split("[/=.]", name, maxsplit=1)
+    choice = "".join(rest)
     if group not in groups:
         raise ConfigError(
             f"There is no group {group}.", where="show", hint=suggest_choice(group, (*groups, "groups", _KEYS))

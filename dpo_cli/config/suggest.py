@@ -53,9 +53,14 @@ DERIVED_KEYS = {
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that `name` is most likely a misspelling of, or None."""
-    found = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.7)
-    return found[0] if found else None
+    """The one of `known` that `name` is most likely a misspelling or a part of, or None."""
+    names = list(known)
+    # In a short name two letters that changed places are a third of it.
+    found = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7 if len(name) > 4 else 0.6)
+    if found:
+        return found[0]
+    longer = [each for each in names if len(name) > 3 and name.lower() in each]
+    return min(longer, key=len, default=None)
 
 
 def suggest_key(key: str, known: Iterable[str]) -> str | None:

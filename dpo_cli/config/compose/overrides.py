@@ -10,11 +10,19 @@ from hydra.core.override_parser.types import Override, OverrideType, Quote, Quot
 from hydra.errors import HydraException
 
 from dpo_cli.config.secrets import mask
+from dpo_cli.config.shipped import GROUPS
 from dpo_cli.errors import ConfigError, DpoError
 
 # Keys whose value is text to be taken as it stands: braces, commas and trailing spaces mean nothing to Hydra in them.
 # Escapes such as \n are decoded where the template is used, so that a YAML file may hold them as well.
 VERBATIM_KEYS = frozenset({"data.prompt_template", "eval.task.prompt_template", "prompt_template"})
+
+_BARE_WORDS = {
+    "help": "--help",
+    "version": "--version",
+    "show": "show=loss, or another group; show= tells all groups",
+    "completion": "--completion bash",
+}
 
 
 def parse_overrides(
@@ -28,7 +36,7 @@ def parse_overrides(
     parser = OverridesParser.create()
     overrides: list[Override] = []
     problems: list[DpoError] = []
-    for word in words:
+    for word in _without_lone_equals(words, problems):
         try:
             override = _parse(word, parser)
         except ConfigError as error:
@@ -52,6 +60,23 @@ def expand_sweep(overrides: Sequence[Override]) -> list[list[str]]:
     return [list(job) for job in itertools.product(*axes)]
 
 
+def _without_lone_equals(words: Sequence[str], problems: list[DpoError]) -> list[str]:
+    """The words, without those of `key = value`, which are a problem of their own."""
+    kept = list(words)
+    while "=" in kept:
+        at = kept.index("=")
+        told = kept[max(0, at - 1) : at + 2]
+        problems.append(
+            ConfigError(
+                f"{mask(' '.join(told))!r} has spaces around its equals sign.",
+                where="command line",
+                hint=mask("".join(told)),
+            )
+        )
+        del kept[max(0, at - 1) : at + 2]
+    return kept
+
+
 def _parse(word: str, parser: OverridesParser) -> Override:
     key, equals, value = word.partition("=")
     key = key.strip()
@@ -63,7 +88,9 @@ def _parse(word: str, parser: OverridesParser) -> Override:
         raise ConfigError(
             f"{mask(word)!r} is not of the form key=value.",
             where="command line",
-            hint="write key=value, without spaces around the equals sign; quote values that hold spaces",
+            hint=_BARE_WORDS.get(word)
+            or (f"{word}=NAME; show={word} lists the names" if word in GROUPS else None)
+            or "write key=value, without spaces around the equals sign; quote values that hold spaces",
         )
     try:
         return parser.parse_override(word)
