@@ -23,6 +23,8 @@ from dpo_cli.errors import CheckpointError, ConfigError
 CONFIG_FILE = "config.yaml"
 REQUEST_FILE = "overrides.yaml"
 SWEEP_FILE = "sweep.yaml"
+# Written once data and model are known to be usable.
+_BEGUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
 _RANKS_LOCK_FILE = "ranks/.lock"
 _RANKS_END_SECONDS = 20.0
@@ -70,6 +72,12 @@ def create_run_folder(config: Config, request: Request) -> Path:
         {CONFIG_FILE: config.as_dict(), REQUEST_FILE: _request_as_dict(request)},
     )
     return folder
+
+
+def discard_unbegun(folder: Path) -> None:
+    """Take away a run's folder in which nothing was computed yet, so that a mended command may use its name."""
+    if not (folder / _BEGUN_FILE).exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def create_sweep_folder(folder: Path, request: Request, jobs: list[list[str]]) -> None:

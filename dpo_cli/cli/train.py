@@ -17,7 +17,7 @@ from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.config.secrets import mask_tokens
 from dpo_cli.engine.environment import is_worker
 from dpo_cli.engine.screen import LOG, LoggedBug, screen_to_ourselves
-from dpo_cli.errors import ConfigError, DpoError, as_mendable
+from dpo_cli.errors import EXIT_BAD_INPUT, ConfigError, DpoError, as_mendable
 
 if TYPE_CHECKING:
     from dpo_cli.config.compose.composition import Request
@@ -94,7 +94,7 @@ def dispatch(arguments: Arguments, *, train: Train | None = None) -> None:
 
 def _start(arguments: Arguments, train: Train) -> None:
     from dpo_cli.cli.launched import check_launch
-    from dpo_cli.cli.run_folder import check_free, create_run_folder, unused_name
+    from dpo_cli.cli.run_folder import check_free, create_run_folder, discard_unbegun, unused_name
     from dpo_cli.config.check import check
     from dpo_cli.config.compose.composition import compose
     from dpo_cli.config.shipped import is_shipped
@@ -126,8 +126,13 @@ def _start(arguments: Arguments, train: Train) -> None:
     if unnamed:
         config = config.model_copy(update={"run_dir": unused_name(config.run_dir)})
     check_launch(config.hardware)
-    create_run_folder(config, request)
-    train(config)
+    folder = create_run_folder(config, request)
+    try:
+        train(config)
+    except DpoError as error:
+        if error.exit_code == EXIT_BAD_INPUT:
+            discard_unbegun(folder)
+        raise
 
 
 def show_settings(settings: dict[str, Any]) -> None:

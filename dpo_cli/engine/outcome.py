@@ -1,7 +1,7 @@
 """How each rank ended, as files of the run folder: an exit code passes through launchers that lose or invent some.
 
 ranks/rank-00001.json   which process the rank is, and with what it ended
-ranks/rank-00001.log    what it printed; rank 0 prints to the screen
+ranks/rank-00001.log    what it printed; rank 0 prints to the screen, and what libraries say there goes to log.txt
 ranks/failure.json      the first failure, which explains those that follow from it
 ranks/exits.json        exit codes of workers that died without a word, where the launcher is ours
 """
@@ -20,7 +20,7 @@ from typing import Any
 from dpo_cli.atomic import write_json
 from dpo_cli.config.secrets import mask_tokens
 from dpo_cli.engine.processes import Process, pid_space, this_process
-from dpo_cli.engine.screen import LoggedBug
+from dpo_cli.engine.screen import LOG, LoggedBug
 from dpo_cli.errors import EXIT_INTERRUPTED, DpoError, RankFailed
 
 EXIT_BUG = 1
@@ -173,8 +173,9 @@ class RankFiles:
             how = f"ended with exit code {code} and without a word"
         if code in (None, -9):
             hint = "the kernel kills without a word when memory runs out: dmesg | tail"
-        lines = _last_lines(self.log(rank))
-        detail = "\n".join([f"The last lines of {self.log(rank)}:", *lines]) if lines else ""
+        log = self.log(rank) if rank else self.folder.parent / LOG
+        lines = _last_lines(log)
+        detail = "\n".join([f"The last lines of {log}:", *lines]) if lines else ""
         return Failure(rank, EXIT_BUG, f"Rank {rank} {how}.", hint=hint, detail=mask_tokens(detail))
 
 

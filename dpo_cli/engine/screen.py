@@ -90,6 +90,11 @@ def tell_at_once(text: str) -> None:
     os.write(_screen_errors, text.encode())
 
 
+def screen_is_ours() -> bool:
+    """Whether what libraries write goes to a log."""
+    return _screen_errors != 2
+
+
 def screen_is_terminal() -> bool:
     return os.isatty(_screen_errors)
 

@@ -18,7 +18,7 @@ from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.engine.screen import OURS, level_of, tell_at_once
+from dpo_cli.engine.screen import OURS, level_of, screen_is_ours, tell_at_once
 from dpo_cli.health.curves import Severity
 from dpo_cli.health.monitor import Told
 from dpo_cli.train.panel import Panel
@@ -152,7 +152,7 @@ class RunConsole:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self._console,
             refresh_per_second=_FRAMES_PER_SECOND,
-            redirect_stderr=False,
+            redirect_stderr=not screen_is_ours(),
         ) as progress:
             self._progress = progress
             self._task = progress.add_task(what, total=total, completed=done)

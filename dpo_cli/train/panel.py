@@ -104,7 +104,7 @@ class Panel:
         speed = _listed(_SPEED, self._latest["train"])
         if speed:
             yield _row("speed", Text(speed))
-        for label, fact in self.facts.items():
+        for label, fact in list(self.facts.items()):
             yield _row(label, Text(fact))
         generator = _listed(_GENERATOR, self._latest["train"])
         if generator:

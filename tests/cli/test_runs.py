@@ -12,7 +12,7 @@ import yaml
 
 from dpo_cli.cli.run_folder import exclusive
 from dpo_cli.cli.train import main
-from dpo_cli.errors import CheckpointError, DpoError, Interrupted, NonFiniteError
+from dpo_cli.errors import CheckpointError, DataError, DpoError, Interrupted, NonFiniteError
 
 from .conftest import HandedOver
 
@@ -158,6 +158,14 @@ def test_a_failure_that_nobody_foresaw_is_told_shortly_and_logged_whole(
     assert "in run_training: raise failure" in said and "whole traceback: run/log.txt" in said
     assert "Traceback" not in said
     assert "Traceback" in (folder / "run/log.txt").read_text()
+
+
+def test_what_ends_before_anything_was_computed_leaves_its_name_free(folder: Path, handed_over: HandedOver) -> None:
+    handed_over.raises |= {0: DataError("row 2 is broken"), 1: NonFiniteError("the loss is not finite")}
+    assert main([REAL, "run_dir=run"]) == 2
+    assert not (folder / "run").exists()
+    assert main([REAL, "run_dir=run"]) == 3
+    assert (folder / "run/log.txt").exists()
 
 
 def test_a_full_disk_is_no_bug(handed_over: HandedOver, capsys: pytest.CaptureFixture[str]) -> None:
