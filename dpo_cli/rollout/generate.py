@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from dpo_cli.rollout.draft import WIDEST, Draft, Width, may_draft
 from dpo_cli.rollout.noise import mix, uniform
 
 IntArray = NDArray[np.int32]
@@ -27,8 +28,6 @@ IntArray = NDArray[np.int32]
 # Prompt and response tokens in one batch: enough rows for a small model to run at full speed, and a cache of one or
 # two gigabytes for a model of seven billion parameters.
 BATCH_TOKENS = 32_768
-# Random numbers of a response that are made in one go.
-_DRAWS_AT_ONCE = 64
 # Ended responses are looked for every so many tokens on a GPU, where looking means waiting for it, ...
 _TOKENS_BETWEEN_LOOKS = 8
 # ... and dropped from the batch when they are at least this share of it: dropping copies the cache of the others.
@@ -73,6 +72,7 @@ def generate(
     stop_token_ids: Collection[int],
     pad_id: int,
     batch_tokens: int = BATCH_TOKENS,
+    drafts: Sequence[IntArray] | None = None,
 ) -> list[list[IntArray]]:
     """For every prompt, in the order given, its responses as token ids.
 
@@ -82,12 +82,16 @@ def generate(
         as far as the logits do in their last bits.
     stop_token_ids: a response ends with the first of these, which is kept; one that ends with another token was cut.
     batch_tokens: responses x (longest prompt + max_new_tokens) that go through the model together.
+    drafts: for each prompt a text that its responses are likely to repeat in parts, which saves forward passes as far
+        as they do. The responses are the same; see `draft`.
     """
     keys = torch.zeros(len(prompts), dtype=torch.int64)
     if not sampling.greedy:
         if streams is None:
             raise ValueError("sampling needs a stream of random numbers for each prompt")
         keys = torch.tensor(streams, dtype=torch.int64)
+    if drafts is not None and not may_draft(model):
+        drafts = None
     responses: list[list[IntArray]] = [[] for _ in prompts]
     # Longest first: what will not fit in memory fails at once. Equal lengths lie together, so little is padded.
     by_length = sorted(range(len(prompts)), key=lambda place: (-len(prompts[place]), place))
@@ -108,6 +112,7 @@ def generate(
                 mix(keys[[place for place, _ in rows]] + samples),
                 sampling,
                 torch.tensor(sorted(stop_token_ids)),
+                None if drafts is None else Draft([drafts[place] for place in places], model.device),
             )
             for (place, _), ids in zip(rows, decoded, strict=True):
                 responses[place].append(_until_stop(ids, stop_token_ids))
@@ -134,60 +139,117 @@ def _decode(
     keys: Tensor,
     sampling: Sampling,
     stops: Tensor,
+    draft: Draft | None,
 ) -> NDArray[np.int32]:
     """(rows, max_new_tokens) ids; what follows a row's first stop token means nothing.
 
     prompts: padded ids and which of them are there, (prompts, width). owners: (rows,) whose response each row is.
+    draft: of each prompt's responses.
     """
-    device = model.device
+    device, longest = model.device, sampling.max_new_tokens
     ids, seen = (part.to(device) for part in prompts)
     owners, keys, stops = owners.to(device), keys.to(device), stops.to(device)
+    room = ids.shape[1] + longest
+    guesses, width = ids[:, :0], Width(model, len(owners))
+    if draft is not None:
+        guesses = draft.guess(width.best(len(owners), min(draft.longest, longest - 1), beside=ids.numel()))
+        ids, seen = torch.cat([ids, guesses], dim=1), torch.cat([seen, torch.ones_like(guesses)], dim=1)
     # Of a prompt only the last position's logits are wanted.
-    last_only: dict[str, Any] = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
+    last_only: dict[str, Any] = {}
+    if _takes(model, "logits_to_keep"):
+        last_only["logits_to_keep"] = guesses.shape[1] + 1
     cache = Cache(layer_class_to_replicate=_GrowingLayer)
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
     logits: Tensor = model(
         input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, **last_only
-    ).logits[:, -1]
+    ).logits[:, -1 - guesses.shape[1] :]
     if len(owners) != len(ids) or len(ids) > 1:
         cache.batch_select_indices(owners)
-        logits, seen, positions = logits[owners], seen[owners], positions[owners]
-    position = positions[:, -1]
+        logits, seen, positions, guesses = logits[owners], seen[owners], positions[owners], guesses[owners]
+        if draft is not None:
+            draft.select(owners)
+    # Of the first token of each response.
+    start = positions[:, -1 - guesses.shape[1]] + 1
 
-    responses = torch.zeros(len(owners), sampling.max_new_tokens, dtype=torch.int64, device=device)
+    responses = torch.zeros(len(owners), longest + WIDEST, dtype=torch.int64, device=device)
     rows = torch.arange(len(owners), device=device)
-    ended = torch.zeros(len(owners), dtype=torch.bool, device=device)
+    written, ended = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
     draws = torch.empty(len(owners), 0, dtype=torch.float64, device=device)
-    for number in range(sampling.max_new_tokens):
-        place = number % _DRAWS_AT_ONCE
-        if place == 0 and not sampling.greedy:
-            draws = uniform(keys, torch.arange(number, number + _DRAWS_AT_ONCE, device=device))
-        tokens = _choose(logits, draws[:, place : place + 1], sampling)
-        responses[rows, number] = tokens
-        ended |= torch.isin(tokens, stops)
-        if number + 1 == sampling.max_new_tokens:
+    if not sampling.greedy:
+        draws = uniform(keys, torch.arange(longest, device=device))
+    steps = torch.arange(WIDEST, device=device)
+    for number in range(longest):
+        drafted = guesses.shape[1]
+        places = written[:, None] + steps[: drafted + 1]
+        chosen = _choose(logits.flatten(0, 1), _at(draws, places), sampling).view_as(places)
+        responses[rows[:, None], places] = chosen
+        # What is drawn after a guess counts if that guess, and all before it, would have been drawn.
+        agreed = (chosen[:, :-1] == guesses).cumprod(1).sum(1)
+        going = ~ended
+        stopped = torch.isin(chosen, stops) & (steps[: drafted + 1] <= agreed[:, None])
+        written = torch.where(going, written + agreed + 1, written).clamp(max=longest)
+        ended = ended | stopped.any(1) | (written == longest)
+        if number + 1 == longest:
             break
-        if device.type == "cpu" or (number + 1) % _TOKENS_BETWEEN_LOOKS == 0:
+
+        count, most = 0, 0
+        if draft is not None:
+            tested = agreed[going]
+            told = [tested.sum(), (tested < drafted).sum(), tested.max(), longest - written[going].min(), ended.sum()]
+            right, wrong, furthest, left, count = torch.stack(told).tolist()
+            width.tested(right, wrong)
+            most = left - 1
+            if drafted:
+                seen[:, -drafted:] = steps[:drafted] < agreed[:, None]
+                if surplus := drafted - furthest:
+                    cache.crop(-surplus)
+                    seen = seen[:, :-surplus]
+            last = written[:, None] - 3 + steps[:3]
+            draft.follow(responses[rows[:, None], last.clamp(min=0)].masked_fill(last < 0, Draft.NONE), agreed + 1)
+        elif device.type == "cpu" or (number + 1) % _TOKENS_BETWEEN_LOOKS == 0:
             count = int(ended.sum())
-            if count == len(ended):
-                break
-            if count >= _ENDED_SHARE * len(ended):
-                going = (~ended).nonzero()[:, 0]
-                cache.batch_select_indices(going)
-                tokens, rows, keys, draws, seen, position = (
-                    x[going] for x in (tokens, rows, keys, draws, seen, position)
-                )
-                ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        position = position + 1
-        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
+        if count == len(ended):
+            break
+        tokens = chosen.gather(1, agreed[:, None])
+        if count >= _ENDED_SHARE * len(ended):
+            still = (~ended).nonzero()[:, 0]
+            cache.batch_select_indices(still)
+            tokens, rows, draws, seen, start, written, ended = (
+                x[still] for x in (tokens, rows, draws, seen, start, written, ended)
+            )
+            if draft is not None:
+                draft.select(still)
+        guesses = tokens[:, :0]
+        if draft is not None:
+            guesses = draft.guess(width.best(len(rows), most))
+            tokens = torch.cat([tokens, guesses], dim=1)
+            if seen.shape[1] + tokens.shape[1] > room:
+                seen = _without_gaps(cache, seen)
+        position = (start + written - 1)[:, None] + steps[: tokens.shape[1]]
+        seen = torch.cat([seen, torch.ones_like(tokens)], dim=1)
         logits = model(
-            input_ids=tokens[:, None],
+            input_ids=tokens,
             attention_mask=seen,
-            position_ids=position[:, None],
+            # Guesses past the longest response are not looked at, and may have no position.
+            position_ids=torch.minimum(position, start[:, None] + longest - 1),
             past_key_values=cache,
             use_cache=True,
-        ).logits[:, -1]
-    return responses.cpu().numpy().astype(np.int32)
+        ).logits
+    return responses[:, :longest].cpu().numpy().astype(np.int32)
+
+
+def _at(draws: Tensor, places: Tensor) -> Tensor:
+    """(n, 1) the random numbers of these places, (rows, n), as far as there are any."""
+    return draws.gather(1, places.clamp(max=draws.shape[1] - 1)).view(-1, 1) if draws.shape[1] else draws
+
+
+def _without_gaps(cache: Cache, seen: Tensor) -> Tensor:
+    """Move what is seen of each row to the right, and cut off what no row sees."""
+    columns = seen.sort(dim=1, stable=True).indices[:, -int(seen.sum(1).max()) :]
+    for layer in cache.layers:
+        assert isinstance(layer, _GrowingLayer)
+        layer.select_tokens(columns)
+    return seen.gather(1, columns)
 
 
 def _choose(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
@@ -261,6 +323,16 @@ class _GrowingLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._buffers = None
+
+    def select_tokens(self, columns: Tensor) -> None:
+        """Only keep these of each row, (rows, tokens)."""
+        if self.is_initialized:
+            index = columns[:, None, :, None]
+            self.keys, self.values = (
+                states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
+                for states in (self.keys, self.values)
+            )
+            self._buffers = None
 
     @staticmethod
     def _grown(filled: Tensor, states: Tensor, start: int, end: int) -> Tensor:

@@ -1,0 +1,108 @@
+"""Guesses at the next tokens of a response, tested many in one forward pass; they decide how long it takes, and no more.
+
+What is drawn at a position is a function of its logits and its random number, so a pass over guessed tokens tells what
+would have been drawn after each. Guesses are kept up to the first that would not have been drawn, and what is drawn
+there instead is kept too.
+Source: Leviathan, Kalman, Matias, "Fast inference from transformers via speculative decoding", arXiv:2211.17192; with
+randomness fixed beforehand its rule of acceptance is equality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Tokens of one row in one pass.
+WIDEST = 64
+# Logits of a pass, over all its tokens: beyond some hundred megabytes they are no longer forgotten beside the cache.
+_LOGITS_AT_ONCE = 2**25
+# What a pass costs besides its tokens, in tokens: on a GPU reading the weights and launching; on a CPU reading the
+# weights, and between operations what that many weights' multiplications would take.
+_PASS_ON_GPU = 256.0
+_PASS_ON_CPU = 8.0
+_WEIGHTS_BETWEEN = 2.0**26
+# What is believed of guesses before any was tested: so many right, one wrong.
+_RIGHT_BEFORE_ONE_WRONG = 9.0
+# RoPE whose angles depend on the longest position in a pass, guessed ones included.
+_MOVING_ROPE = ("dynamic", "longrope")
+
+
+def may_draft(model: PreTrainedModel) -> bool:
+    """Whether a pass over guesses gives the model's logits.
+
+    Refused guesses leave gaps among the keys, which a sliding window would count.
+    """
+    config = model.config.get_text_config()
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    rope = getattr(config, "rope_parameters", None) or {}
+    return not (windowed and getattr(config, "sliding_window", None)) and rope.get("rope_type") not in _MOVING_ROPE
+
+
+class Draft:
+    """A text that each row is expected to repeat in parts.
+
+    Guessed is what follows in it after the row's last three tokens, or its last two, where that is nearest to the place
+    that was expected; or else what stands at that place, as if the last token had replaced one.
+    """
+
+    # Before a text and a response, so that their first tokens have neighbours.
+    NONE = -1
+
+    def __init__(self, texts: Sequence[NDArray[np.int32]], device: torch.device) -> None:
+        longest = max(len(text) for text in texts)
+        padded = np.full((len(texts), longest + 3), self.NONE, dtype=np.int64)
+        for row, text in enumerate(texts):
+            padded[row, 2 : 2 + len(text)] = text
+        self._texts = torch.from_numpy(padded).to(device)
+        self._place = torch.full((len(texts),), 2, device=device)
+        self.longest = longest
+
+    def select(self, rows: Tensor) -> None:
+        self._texts, self._place = self._texts[rows], self._place[rows]
+
+    def guess(self, count: int) -> Tensor:
+        """(rows, count) ids; where the text has no more of them, any."""
+        places = self._place[:, None] + torch.arange(count, device=self._place.device)
+        return self._texts.gather(1, places.clamp(max=self._texts.shape[1] - 1)).clamp(min=0)
+
+    def follow(self, last: Tensor, count: Tensor) -> None:
+        """last: (rows, 3) the latest tokens of each response. count: (rows,) how many of its tokens are new."""
+        length = self._texts.shape[1]
+        expected = (self._place + count).clamp(max=length - 1)
+        same = self._texts.unfold(1, 3, 1) == last[:, None]
+        two = same[..., 1] & same[..., 2]
+        after = torch.arange(3, length + 1, device=last.device)
+        distance = (after - expected[:, None]).abs()
+        distance = torch.where(two, distance + length * ~same[..., 0], 3 * length)
+        nearest, found = distance.min(1)
+        self._place = torch.where(nearest < 3 * length, after[found], expected)
+
+
+class Width:
+    """How many guesses a pass should test, from how many were right of late; a function of that alone, not of time."""
+
+    def __init__(self, model: PreTrainedModel, rows: int) -> None:
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        self._pass = _PASS_ON_GPU if model.device.type == "cuda" else _PASS_ON_CPU + _WEIGHTS_BETWEEN / weights
+        self._logits = model.config.get_text_config().vocab_size
+        self._right, self._wrong = _RIGHT_BEFORE_ONE_WRONG * rows, float(rows)
+
+    def tested(self, right: int, wrong: int) -> None:
+        """wrong: guesses that were refused first in their row; nothing is known of those after them."""
+        self._right, self._wrong = self._right / 2 + right, self._wrong / 2 + wrong
+
+    def best(self, rows: int, most: int, *, beside: int = 0) -> int:
+        """Guesses a row, 0 to most, that give most tokens for the cost. beside: further tokens in the same pass."""
+        most = min(most, WIDEST - 1, _LOGITS_AT_ONCE // (rows * self._logits) - 1)
+        right = min((self._right + 1) / (self._right + self._wrong + 2), 0.99)
+
+        def tokens_for_cost(count: int) -> float:
+            tokens = (1 - right ** (count + 1)) / (1 - right)
+            return tokens / (self._pass + beside + rows * (count + 1))
+
+        return max(range(max(most, 0) + 1), key=tokens_for_cost)
