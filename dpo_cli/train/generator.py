@@ -32,8 +32,9 @@ from dpo_cli.train.micro_batch import Sampled
 # The group of a checkpoint that holds answers waiting for their step.
 BUFFER = "rollout"
 
-# Answers to prompts, each with its stream of random numbers: for every prompt, its samples.
-Respond = Callable[[Sequence[IntArray], Sequence[int]], list[list[IntArray]]]
+# Answers to prompts, each with its stream of random numbers, and the truths, which only help to be quick: for every
+# prompt, its samples.
+Respond = Callable[[Sequence[IntArray], Sequence[int], Sequence[IntArray]], list[list[IntArray]]]
 # Log-probs under the reference, as `reference.score.Score`; all ranks call it equally often.
 Score = Callable[[Sequence[Example]], Sequence[Sequence[Logps]]]
 
@@ -149,9 +150,11 @@ class Generator:
         # Long prompts and short ones on every rank, so that none waits long for the others.
         mine = sorted(range(len(asked)), key=lambda at: (-len(self.truths[asked[at][2]].prompt), at))
         mine = mine[ranks.rank :: ranks.size]
+        mine_truths = [self.truths[asked[at][2]] for at in mine]
         written = self.respond(
-            [self.truths[asked[at][2]].prompt for at in mine],
+            [truth.prompt for truth in mine_truths],
             [stream(settings.seed, *asked[at][:2]) for at in mine],
+            [truth.responses[0] for truth in mine_truths],
         )
         told = {
             at: samples for part in ranks.gather(dict(zip(mine, written, strict=True))) for at, samples in part.items()

@@ -82,7 +82,9 @@ def make_generator(
     stops = policy.stop_token_ids
     sampling, pad_id = Sampling.of(rollout), pad_id_of(policy.tokenizer, stops)
 
-    def respond(prompts: Sequence[IntArray], streams: Sequence[int]) -> list[list[IntArray]]:
+    def respond(
+        prompts: Sequence[IntArray], streams: Sequence[int], truths: Sequence[IntArray]
+    ) -> list[list[IntArray]]:
         with engine.whole_weights():
             return generate(
                 policy.model,
@@ -93,6 +95,7 @@ def make_generator(
                 stop_token_ids=stops,
                 pad_id=pad_id,
                 batch_tokens=rollout.batch_tokens,
+                drafts=truths,
             )
 
     return Generator(

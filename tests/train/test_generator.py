@@ -61,7 +61,7 @@ class Author:
     samples: int = 2
     asked: int = 0
 
-    def respond(self, prompts: Sequence[Any], streams: Sequence[int]) -> list[list[Any]]:
+    def respond(self, prompts: Sequence[Any], streams: Sequence[int], truths: Sequence[Any]) -> list[list[Any]]:
         self.asked += len(prompts)
         return [[answer(p, s, k) for k in range(self.samples)] for p, s in zip(prompts, streams, strict=True)]
 
@@ -119,7 +119,7 @@ def test_samples_that_never_ended_are_counted_and_left_out_unless_they_are_kept(
 
 def test_a_policy_that_never_ends_leaves_nothing_to_learn_from(tmp_path: Path) -> None:
     class Endless(Author):
-        def respond(self, prompts: Sequence[Any], streams: Sequence[int]) -> list[list[Any]]:
+        def respond(self, prompts: Sequence[Any], streams: Sequence[int], truths: Sequence[Any]) -> list[list[Any]]:
             return [[ids(1, 2, 3)] for _ in prompts]
 
     batch = generator(tmp_path, Endless()).batch(0)
