@@ -66,7 +66,7 @@ def check_config(config: Any, *, where: str, max_tokens: int | None = None) -> N
 
 def _check_rope(config: Any, max_tokens: int | None, refuse: Callable[..., ModelError]) -> None:
     """Scalings that look at the longest sequence of the ROW would let one example change another's numbers."""
-    for rope in _rope_parameters(config):
+    for rope in rope_parameters(config):
         kind = rope.get("rope_type", "default")
         if "dynamic" in kind:
             raise refuse(f"{kind} RoPE scaling, which changes with the longest sequence at hand")
@@ -79,11 +79,20 @@ def _check_rope(config: Any, max_tokens: int | None, refuse: Callable[..., Model
                 )
 
 
-def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
+def rope_parameters(config: Any) -> list[Mapping[str, Any]]:
     """One mapping per kind of layer: newer configs nest them by layer type."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, Mapping)]
     return nested or [rope]
+
+
+def sliding_window(config: Any) -> int | None:
+    """The window in use, if any: Qwen2 configs carry one that is switched off."""
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if not window or (layer_types is not None and "sliding_attention" not in layer_types):
+        return None
+    return int(window)
 
 
 def check_model_class(model_class: type, *, where: str) -> None:

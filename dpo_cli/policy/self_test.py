@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_cli.batch.layout import pack
 from dpo_cli.errors import ModelError
 from dpo_cli.policy.attention import PACKED_ATTENTION
+from dpo_cli.policy.compatibility import sliding_window
 from dpo_cli.policy.packed_model import PackedModel
 
 # Mean |difference| of a token's log-prob, in nats, that the dtype alone explains. Wrong masks or positions move it by
@@ -59,7 +60,7 @@ def packed_self_test(packed: PackedModel, *, vocabulary: int, where: str, seed: 
     Raises ModelError when they differ by more than the dtype explains.
     """
     model: Any = packed.model
-    window = _sliding_window(model.config)
+    window = sliding_window(model.config)
     fits = window is not None and window <= _LONGEST_WINDOW_TESTED.get(packed.device.type, 128)
     rows = _random_rows(vocabulary, longer_by=window if fits and window is not None else 0, seed=seed)
     training = model.training
@@ -88,15 +89,6 @@ def packed_self_test(packed: PackedModel, *, vocabulary: int, where: str, seed: 
             hint="this architecture is not supported; please report it with its config.json",
         )
     return result
-
-
-def _sliding_window(config: Any) -> int | None:
-    """The window in use, if any: Qwen2 configs carry one that is switched off."""
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if not window or (layer_types is not None and "sliding_attention" not in layer_types):
-        return None
-    return int(window)
 
 
 def _random_rows(vocabulary: int, *, longer_by: int, seed: int) -> list[_Row]:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpo_cli.policy.compatibility import rope_parameters, sliding_window
+
 # Tokens of one row in one pass.
 WIDEST = 64
 # Logits of a pass, over all its tokens: beyond some hundred megabytes they are no longer forgotten beside the cache.
@@ -28,19 +30,17 @@ _PASS_ON_CPU = 8.0
 _WEIGHTS_BETWEEN = 2.0**26
 # What is believed of guesses before any was tested: so many right, one wrong.
 _RIGHT_BEFORE_ONE_WRONG = 9.0
-# RoPE whose angles depend on the longest position in a pass, guessed ones included.
-_MOVING_ROPE = ("dynamic", "longrope")
 
 
 def may_draft(model: PreTrainedModel) -> bool:
-    """Whether a pass over guesses gives the model's logits.
+    """Whether a pass over guesses gives the model's own logits.
 
-    Refused guesses leave gaps among the keys, which a sliding window would count.
+    Refused guesses leave gaps among the keys, which a sliding window would count; and longrope's angles depend on the
+    longest position in the pass, guessed ones included.
     """
     config = model.config.get_text_config()
-    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    rope = getattr(config, "rope_parameters", None) or {}
-    return not (windowed and getattr(config, "sliding_window", None)) and rope.get("rope_type") not in _MOVING_ROPE
+    longrope = any(rope.get("rope_type") == "longrope" for rope in rope_parameters(config))
+    return sliding_window(config) is None and not longrope
 
 
 class Draft:
@@ -50,37 +50,37 @@ class Draft:
     that was expected; or else what stands at that place, as if the last token had replaced one.
     """
 
-    # Before a text and a response, so that their first tokens have neighbours.
+    # Stands before a text and before a response, so that their first tokens have neighbours.
     NONE = -1
 
     def __init__(self, texts: Sequence[NDArray[np.int32]], device: torch.device) -> None:
-        longest = max(len(text) for text in texts)
-        padded = np.full((len(texts), longest + 3), self.NONE, dtype=np.int64)
+        self.longest = max(1, *(len(text) for text in texts))
+        padded = np.full((len(texts), 2 + self.longest + WIDEST), self.NONE, dtype=np.int64)
         for row, text in enumerate(texts):
             padded[row, 2 : 2 + len(text)] = text
         self._texts = torch.from_numpy(padded).to(device)
         self._place = torch.full((len(texts),), 2, device=device)
-        self.longest = longest
+        self._steps = torch.arange(WIDEST, device=device)
+        # What stands after each three tokens, as a place.
+        self._after = torch.arange(3, self.longest + 3, device=device)
 
     def select(self, rows: Tensor) -> None:
         self._texts, self._place = self._texts[rows], self._place[rows]
 
     def guess(self, count: int) -> Tensor:
-        """(rows, count) ids; where the text has no more of them, any."""
-        places = self._place[:, None] + torch.arange(count, device=self._place.device)
-        return self._texts.gather(1, places.clamp(max=self._texts.shape[1] - 1)).clamp(min=0)
+        """(rows, count) ids; where the text has no more of them, any. count: at most WIDEST."""
+        return self._texts.gather(1, self._place[:, None] + self._steps[:count]).clamp_(min=0)
 
     def follow(self, last: Tensor, count: Tensor) -> None:
         """last: (rows, 3) the latest tokens of each response. count: (rows,) how many of its tokens are new."""
-        length = self._texts.shape[1]
-        expected = (self._place + count).clamp(max=length - 1)
-        same = self._texts.unfold(1, 3, 1) == last[:, None]
-        two = same[..., 1] & same[..., 2]
-        after = torch.arange(3, length + 1, device=last.device)
-        distance = (after - expected[:, None]).abs()
-        distance = torch.where(two, distance + length * ~same[..., 0], 3 * length)
-        nearest, found = distance.min(1)
-        self._place = torch.where(nearest < 3 * length, after[found], expected)
+        end = self.longest + 2
+        expected = (self._place + count).clamp_(max=end)
+        same = self._texts[:, :end].unfold(1, 3, 1) == last[:, None]
+        distance = (self._after - expected[:, None]).abs_()
+        # Three tokens before two, and two before none.
+        distance += end * ~same[..., 0]
+        nearest, found = distance.masked_fill_(~(same[..., 1] & same[..., 2]), 3 * end).min(1)
+        self._place = torch.where(nearest < 3 * end, self._after[found], expected)
 
 
 class Width:

@@ -124,8 +124,11 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and no gradient; every module's mode is put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    # Quicker where an operation costs more than its arithmetic. But what a model makes there and keeps, as code of its
+    # own might, could not be trained with.
+    known = type(model).__module__.startswith("transformers.")
     try:
-        with torch.no_grad():
+        with torch.inference_mode() if known else torch.no_grad():
             yield
     finally:
         for module, training in modes:
@@ -150,8 +153,9 @@ def _decode(
     ids, seen = (part.to(device) for part in prompts)
     owners, keys, stops = owners.to(device), keys.to(device), stops.to(device)
     room = ids.shape[1] + longest
-    guesses, width = ids[:, :0], Width(model, len(owners))
+    guesses, width = ids[:, :0], None
     if draft is not None:
+        width = Width(model, len(owners))
         guesses = draft.guess(width.best(len(owners), min(draft.longest, longest - 1), beside=ids.numel()))
         ids, seen = torch.cat([ids, guesses], dim=1), torch.cat([seen, torch.ones_like(guesses)], dim=1)
     # Of a prompt only the last position's logits are wanted.
@@ -163,15 +167,16 @@ def _decode(
     logits: Tensor = model(
         input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, **last_only
     ).logits[:, -1 - guesses.shape[1] :]
+    # Of the last token of each prompt.
+    start = positions[:, -1 - guesses.shape[1]]
     if len(owners) != len(ids) or len(ids) > 1:
         cache.batch_select_indices(owners)
-        logits, seen, positions, guesses = logits[owners], seen[owners], positions[owners], guesses[owners]
+        logits, seen, start, guesses = logits[owners], seen[owners], start[owners], guesses[owners]
         if draft is not None:
             draft.select(owners)
-    # Of the first token of each response.
-    start = positions[:, -1 - guesses.shape[1]] + 1
 
-    responses = torch.zeros(len(owners), longest + WIDEST, dtype=torch.int64, device=device)
+    # Each response after what a draft takes to stand before it, and with room for guesses beyond its end.
+    responses = torch.full((len(owners), 3 + longest + WIDEST), Draft.NONE, dtype=torch.int64, device=device)
     rows = torch.arange(len(owners), device=device)
     written, ended = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
     draws = torch.empty(len(owners), 0, dtype=torch.float64, device=device)
@@ -182,35 +187,35 @@ def _decode(
         drafted = guesses.shape[1]
         places = written[:, None] + steps[: drafted + 1]
         chosen = _choose(logits.flatten(0, 1), _at(draws, places), sampling).view_as(places)
-        responses[rows[:, None], places] = chosen
-        # What is drawn after a guess counts if that guess, and all before it, would have been drawn.
-        agreed = (chosen[:, :-1] == guesses).cumprod(1).sum(1)
-        going = ~ended
-        stopped = torch.isin(chosen, stops) & (steps[: drafted + 1] <= agreed[:, None])
-        written = torch.where(going, written + agreed + 1, written).clamp(max=longest)
-        ended = ended | stopped.any(1) | (written == longest)
+        responses[rows[:, None], 3 + places] = chosen
+        stopped, agreed = torch.isin(chosen, stops), torch.zeros_like(written)
+        if drafted:
+            # What is drawn after a guess counts if that guess, and all before it, would have been drawn.
+            agreed = (chosen[:, :-1] == guesses).cumprod(1).sum(1)
+            stopped &= steps[: drafted + 1] <= agreed[:, None]
+        written = torch.where(ended, written, written + agreed + 1).clamp_(max=longest)
+        going, ended = ~ended, ended | stopped.any(1) | (written == longest)
         if number + 1 == longest:
             break
 
-        count, most = 0, 0
-        if draft is not None:
-            tested = agreed[going]
-            told = [tested.sum(), (tested < drafted).sum(), tested.max(), longest - written[going].min(), ended.sum()]
-            right, wrong, furthest, left, count = torch.stack(told).tolist()
-            width.tested(right, wrong)
-            most = left - 1
+        count = most = 0
+        if draft is not None and width is not None:
+            told = torch.stack([agreed, written, going, ended]).tolist()
+            tested = [agreement for agreement, was_going in zip(told[0], told[2], strict=True) if was_going]
+            width.tested(sum(tested), sum(agreement < drafted for agreement in tested))
+            most, count = longest - 1 - min(told[1]), sum(told[3])
             if drafted:
                 seen[:, -drafted:] = steps[:drafted] < agreed[:, None]
-                if surplus := drafted - furthest:
+                if surplus := drafted - max(tested):
                     cache.crop(-surplus)
                     seen = seen[:, :-surplus]
-            last = written[:, None] - 3 + steps[:3]
-            draft.follow(responses[rows[:, None], last.clamp(min=0)].masked_fill(last < 0, Draft.NONE), agreed + 1)
         elif device.type == "cpu" or (number + 1) % _TOKENS_BETWEEN_LOOKS == 0:
             count = int(ended.sum())
         if count == len(ended):
             break
         tokens = chosen.gather(1, agreed[:, None])
+        if draft is not None:
+            draft.follow(responses[rows[:, None], written[:, None] + steps[:3]], agreed + 1)
         if count >= _ENDED_SHARE * len(ended):
             still = (~ended).nonzero()[:, 0]
             cache.batch_select_indices(still)
@@ -220,22 +225,22 @@ def _decode(
             if draft is not None:
                 draft.select(still)
         guesses = tokens[:, :0]
-        if draft is not None:
+        if draft is not None and width is not None:
             guesses = draft.guess(width.best(len(rows), most))
             tokens = torch.cat([tokens, guesses], dim=1)
-            if seen.shape[1] + tokens.shape[1] > room:
+            if seen.shape[1] > room:
                 seen = _without_gaps(cache, seen)
-        position = (start + written - 1)[:, None] + steps[: tokens.shape[1]]
         seen = torch.cat([seen, torch.ones_like(tokens)], dim=1)
+        # Guesses past the longest response are not looked at, and may have no position.
+        places = (written[:, None] + steps[: tokens.shape[1]]).clamp_(max=longest)
         logits = model(
             input_ids=tokens,
             attention_mask=seen,
-            # Guesses past the longest response are not looked at, and may have no position.
-            position_ids=torch.minimum(position, start[:, None] + longest - 1),
+            position_ids=start[:, None] + places,
             past_key_values=cache,
             use_cache=True,
         ).logits
-    return responses[:, :longest].cpu().numpy().astype(np.int32)
+    return responses[:, 3 : 3 + longest].cpu().numpy().astype(np.int32)
 
 
 def _at(draws: Tensor, places: Tensor) -> Tensor:

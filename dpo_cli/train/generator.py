@@ -169,9 +169,10 @@ class Generator:
 
     def _scored(self, answers: Sequence[_Answer]) -> list[_Answer]:
         """With the reference's log-probs of the samples that count."""
-        questions = {at: self._question(answer) for at, answer in enumerate(answers) if self._kept(answer).samples}
+        answers = [self._where_they_are_truths(answer) for answer in answers]
+        questions = {at: self._question(answer) for at, answer in enumerate(answers) if self._unscored(answer)}
         if not questions:
-            return list(answers)
+            return answers
         places = list(questions)
         sizes = [questions[at].packed_tokens for at in places]
         budget = self.settings.tokens_per_microbatch
@@ -188,13 +189,26 @@ class Generator:
         scored_answers = []
         for at, answer in enumerate(answers):
             reference = answer.reference.copy()
-            reference[self._counts(answer)] = told.get(at, [])
+            reference[self._unscored(answer)] = told.get(at, [])
             scored_answers.append(replace(answer, reference=reference))
         return scored_answers
 
     def _question(self, answer: _Answer) -> Example:
         truth = self.truths[answer.prompt]
-        return Example(truth.prompt, self._kept(answer).samples, origin=truth.origin)
+        samples = tuple(answer.samples[place] for place in self._unscored(answer))
+        return Example(truth.prompt, samples, origin=truth.origin)
+
+    def _where_they_are_truths(self, answer: _Answer) -> _Answer:
+        """With what the reference says of the truth for samples that repeat it; of a trained policy's, many do."""
+        truth, reference = self.truths[answer.prompt].responses[0], answer.reference.copy()
+        for place in self._counts(answer):
+            if np.array_equal(answer.samples[place], truth):
+                reference[place] = self.reference.of(answer.prompt)[0]
+        return replace(answer, reference=reference)
+
+    def _unscored(self, answer: _Answer) -> list[int]:
+        """The places of the samples that count and have no reference yet."""
+        return [place for place in self._counts(answer) if np.isnan(answer.reference[place])]
 
     def _counts(self, answer: _Answer) -> list[int]:
         """The places of the samples that count."""
