@@ -1,4 +1,4 @@
-"""Guesses at the next tokens of a response, tested many in one forward pass; they decide how long it takes, and no more.
+"""Guesses at a response's next tokens, many tested in one forward pass: they decide how long it takes, and no more.
 
 What is drawn at a position is a function of its logits and its random number, so a pass over guessed tokens tells what
 would have been drawn after each. Guesses are kept up to the first that would not have been drawn, and what is drawn
@@ -43,17 +43,45 @@ def may_draft(model: PreTrainedModel) -> bool:
     return sliding_window(config) is None and not longrope
 
 
+class Width:
+    """How many guesses a pass should test, from how many were right of late; a function of that alone, not of time."""
+
+    def __init__(self, model: PreTrainedModel, rows: int) -> None:
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        self._pass = _PASS_ON_GPU if model.device.type == "cuda" else _PASS_ON_CPU + _WEIGHTS_BETWEEN / weights
+        self._logits = model.config.get_text_config().vocab_size
+        self._right, self._wrong = _RIGHT_BEFORE_ONE_WRONG * rows, float(rows)
+
+    def tested(self, right: int, wrong: int) -> None:
+        """wrong: guesses that were refused first in their row; nothing is known of those after them."""
+        self._right, self._wrong = self._right / 2 + right, self._wrong / 2 + wrong
+
+    def best(self, rows: int, most: int, *, beside: int = 0) -> int:
+        """Guesses a row, 0 to most, that give most tokens for the cost. beside: further tokens in the same pass."""
+        most = min(most, WIDEST - 1, _LOGITS_AT_ONCE // (rows * self._logits) - 1)
+        right = min((self._right + 1) / (self._right + self._wrong + 2), 0.99)
+
+        def tokens_for_cost(count: int) -> float:
+            tokens = (1 - right ** (count + 1)) / (1 - right)
+            return tokens / (self._pass + beside + rows * (count + 1))
+
+        return max(range(max(most, 0) + 1), key=tokens_for_cost)
+
+
 class Draft:
     """A text that each row is expected to repeat in parts.
 
     Guessed is what follows in it after the row's last three tokens, or its last two, where that is nearest to the place
     that was expected; or else what stands at that place, as if the last token had replaced one.
+
+    width: how much of it to guess at a time.
     """
 
     # Stands before a text and before a response, so that their first tokens have neighbours.
     NONE = -1
 
-    def __init__(self, texts: Sequence[NDArray[np.int32]], device: torch.device) -> None:
+    def __init__(self, texts: Sequence[NDArray[np.int32]], width: Width, device: torch.device) -> None:
+        self.width = width
         self.longest = max(1, *(len(text) for text in texts))
         padded = np.full((len(texts), 2 + self.longest + WIDEST), self.NONE, dtype=np.int64)
         for row, text in enumerate(texts):
@@ -81,28 +109,3 @@ class Draft:
         distance += end * ~same[..., 0]
         nearest, found = distance.masked_fill_(~(same[..., 1] & same[..., 2]), 3 * end).min(1)
         self._place = torch.where(nearest < 3 * end, self._after[found], expected)
-
-
-class Width:
-    """How many guesses a pass should test, from how many were right of late; a function of that alone, not of time."""
-
-    def __init__(self, model: PreTrainedModel, rows: int) -> None:
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        self._pass = _PASS_ON_GPU if model.device.type == "cuda" else _PASS_ON_CPU + _WEIGHTS_BETWEEN / weights
-        self._logits = model.config.get_text_config().vocab_size
-        self._right, self._wrong = _RIGHT_BEFORE_ONE_WRONG * rows, float(rows)
-
-    def tested(self, right: int, wrong: int) -> None:
-        """wrong: guesses that were refused first in their row; nothing is known of those after them."""
-        self._right, self._wrong = self._right / 2 + right, self._wrong / 2 + wrong
-
-    def best(self, rows: int, most: int, *, beside: int = 0) -> int:
-        """Guesses a row, 0 to most, that give most tokens for the cost. beside: further tokens in the same pass."""
-        most = min(most, WIDEST - 1, _LOGITS_AT_ONCE // (rows * self._logits) - 1)
-        right = min((self._right + 1) / (self._right + self._wrong + 2), 0.99)
-
-        def tokens_for_cost(count: int) -> float:
-            tokens = (1 - right ** (count + 1)) / (1 - right)
-            return tokens / (self._pass + beside + rows * (count + 1))
-
-        return max(range(max(most, 0) + 1), key=tokens_for_cost)

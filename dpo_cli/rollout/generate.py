@@ -112,7 +112,9 @@ def generate(
                 mix(keys[[place for place, _ in rows]] + samples),
                 sampling,
                 torch.tensor(sorted(stop_token_ids)),
-                None if drafts is None else Draft([drafts[place] for place in places], model.device),
+                None
+                if drafts is None
+                else Draft([drafts[place] for place in places], Width(model, len(rows)), model.device),
             )
             for (place, _), ids in zip(rows, decoded, strict=True):
                 responses[place].append(_until_stop(ids, stop_token_ids))
@@ -153,10 +155,10 @@ def _decode(
     ids, seen = (part.to(device) for part in prompts)
     owners, keys, stops = owners.to(device), keys.to(device), stops.to(device)
     room = ids.shape[1] + longest
-    guesses, width = ids[:, :0], None
+    guesses = ids[:, :0]
     if draft is not None:
-        width = Width(model, len(owners))
-        guesses = draft.guess(width.best(len(owners), min(draft.longest, longest - 1), beside=ids.numel()))
+        most = min(draft.longest, longest - 1)
+        guesses = draft.guess(draft.width.best(len(owners), most, beside=ids.numel()))
         ids, seen = torch.cat([ids, guesses], dim=1), torch.cat([seen, torch.ones_like(guesses)], dim=1)
     # Of a prompt only the last position's logits are wanted.
     last_only: dict[str, Any] = {}
@@ -199,10 +201,10 @@ def _decode(
             break
 
         count = most = 0
-        if draft is not None and width is not None:
+        if draft is not None:
             told = torch.stack([agreed, written, going, ended]).tolist()
             tested = [agreement for agreement, was_going in zip(told[0], told[2], strict=True) if was_going]
-            width.tested(sum(tested), sum(agreement < drafted for agreement in tested))
+            draft.width.tested(sum(tested), sum(agreement < drafted for agreement in tested))
             most, count = longest - 1 - min(told[1]), sum(told[3])
             if drafted:
                 seen[:, -drafted:] = steps[:drafted] < agreed[:, None]
@@ -225,8 +227,8 @@ def _decode(
             if draft is not None:
                 draft.select(still)
         guesses = tokens[:, :0]
-        if draft is not None and width is not None:
-            guesses = draft.guess(width.best(len(rows), most))
+        if draft is not None:
+            guesses = draft.guess(draft.width.best(len(rows), most))
             tokens = torch.cat([tokens, guesses], dim=1)
             if seen.shape[1] > room:
                 seen = _without_gaps(cache, seen)
