@@ -25,6 +25,9 @@ from dpo_cli.train.objective import Objective, ResponseLogps, concatenated
 # trained on, and how often the most probable token is that of the first response (TRL's mean_token_accuracy).
 _LOGGED: frozenset[Statistic] = frozenset({"entropy", "correct"})
 
+# Is shown a micro-batch that was evaluated, and the log-probs of all its responses.
+Watch = Callable[[MicroBatch, ResponseLogps], None]
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -95,9 +98,11 @@ class BatchLoss:
         global_pairs: int,
         tokens_per_microbatch: int,
         should_stop: Callable[[], bool] = lambda: False,
+        watch: Watch | None = None,
     ) -> dict[str, float] | None:
         """Means over a held-out set, in groups of `global_pairs` so that coupled losses mean what they do in training.
 
+        watch: is shown what the policy says of each micro-batch of this rank.
         None when `should_stop` said so before the end.
         """
         metrics, total, normaliser = MetricSums(), torch.zeros((), dtype=torch.float64, device=self.device), 0.0
@@ -105,7 +110,7 @@ class BatchLoss:
             if should_stop():
                 return None
             micros = data.microbatches(indices, tokens_per_microbatch=tokens_per_microbatch, ranks=self.ranks)
-            logps, examples = self._batch(micros, metrics)
+            logps, examples = self._batch(micros, metrics, watch)
             if examples and self._counts:
                 values = self.objective(logps, examples)
                 total += values.values.sum()
@@ -237,7 +242,9 @@ class BatchLoss:
         return loss.detach() if self._counts else torch.zeros_like(loss), tokens
 
     @torch.no_grad()
-    def _batch(self, micros: Sequence[MicroBatch], metrics: MetricSums) -> tuple[ResponseLogps, list[Example]]:
+    def _batch(
+        self, micros: Sequence[MicroBatch], metrics: MetricSums, watch: Watch | None = None
+    ) -> tuple[ResponseLogps, list[Example]]:
         """All responses of this rank's micro-batches, without gradient; of all ranks' where the loss couples them."""
         parts = []
         for micro in micros:
@@ -245,6 +252,8 @@ class BatchLoss:
             part = self._response_logps(row, micro, MetricSums() if micro.idle else metrics, first_responses=None)
             if not micro.idle:
                 parts.append(part)
+                if watch is not None:
+                    watch(micro, part)
         examples = _examples(micros)
         if self._couples and self.ranks.size > 1:
             told = self.ranks.gather(([part.to(torch.device("cpu")) for part in parts], examples))

@@ -14,6 +14,7 @@ from dpo_cli.engine.ranks import Ranks
 from dpo_cli.train.batch_loss import BatchLoss, Normalisers
 from dpo_cli.train.checkpoint import Checkpoint, CheckpointStore
 from dpo_cli.train.console import RunConsole
+from dpo_cli.train.eval_pairs import EvalPairs
 from dpo_cli.train.generator import BUFFER, Generator, GeneratorBatch
 from dpo_cli.train.health_watch import HealthWatch
 from dpo_cli.train.metric_sums import MetricSums
@@ -72,6 +73,7 @@ class Training:
     train: PreferenceData
     moving: MovingReference | None
     held_out: PreferenceData | None
+    pairs: EvalPairs | None
     generator: Generator | None
     task: TaskEvaluation | None
     schedule: Callable[[int], float]
@@ -203,6 +205,8 @@ class Training:
         self.metrics.sync()
         if self.generator is not None:
             self.generator.log.sync()
+        if self.pairs is not None:
+            self.pairs.log.sync()
         self.trackers.flush()
         state = {
             "step": progress.step,
@@ -231,6 +235,11 @@ class Training:
         with self.console.doing("evaluating"):
             metrics = self._held_out_metrics()
         progress.evaluation_due = metrics is None
+        if self.pairs is not None:
+            if progress.evaluation_due:
+                self.pairs.forget()
+            else:
+                self.pairs.record(progress.step, last=progress.ended or progress.step == self.settings.total_steps)
         if not metrics:
             return
         metrics = self._with_derived(metrics) | {"epoch": self._epoch(progress.step)}
@@ -245,6 +254,7 @@ class Training:
                 global_pairs=self.settings.global_pairs,
                 tokens_per_microbatch=self.settings.tokens_per_microbatch,
                 should_stop=lambda: self.stop.agreed(self.ranks),
+                watch=None if self.pairs is None else self.pairs.watch,
             )
         if self.task is not None and metrics is not None:
             solved = self.task.evaluate(self.engine, should_stop=lambda: self.stop.requested is not None)

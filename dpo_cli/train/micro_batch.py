@@ -36,12 +36,14 @@ class MicroBatch:
 
     idle: only there because all ranks must do equally many forward and backward passes; it counts for nothing.
     sampled: so many of the examples, the last ones, are prompts of the generator.
+    indices: of the others, their places in the data, where they are known.
     """
 
     examples: tuple[Example, ...]
     references: tuple[NDArray[np.float64], ...] | None
     idle: bool = False
     sampled: int = 0
+    indices: tuple[int, ...] = ()
 
     @property
     def preferences(self) -> tuple[Example, ...]:
@@ -99,4 +101,5 @@ class PreferenceData:
             references=references,
             idle=idle,
             sampled=len(sampled),
+            indices=tuple(indices),
         )

@@ -36,6 +36,7 @@ from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.checkpoint import CheckpointStore
 from dpo_cli.train.console import RunConsole
 from dpo_cli.train.device import choose_device, describe, environment, make_repeatable, memory_of
+from dpo_cli.train.eval_pairs import LOGPS, EvalPairs
 from dpo_cli.train.final import FINAL, completed_run, ended_early, write_final
 from dpo_cli.train.health_watch import HealthWatch
 from dpo_cli.train.loop import LoopSettings, Progress, Training
@@ -161,6 +162,15 @@ class _Run:
                 train=references.train,
                 moving=self._moving(references.train, engine.model, settings, device),
                 held_out=references.held_out,
+                pairs=EvalPairs.of(
+                    references.held_out,
+                    objective,
+                    policy.tokenizer,
+                    alive.enter_context(MetricsLog(self.run_dir / LOGPS)),
+                    self.ranks,
+                    eval_every=settings.eval_every,
+                    total_steps=settings.total_steps,
+                ),
                 generator=generator,
                 task=task,
                 schedule=schedule_of(config.optimizer, total_steps=settings.total_steps),
@@ -375,6 +385,8 @@ class _Run:
             training.metrics.truncate_after(last, evaluation_due=progress.evaluation_due)
             if training.generator is not None:
                 training.generator.log.truncate_after(last)
+            if training.pairs is not None:
+                training.pairs.log.truncate_after(last, evaluation_due=progress.evaluation_due)
             if training.health is not None:
                 training.health.repeat(training.metrics.path)
         progress.ended = training.ended_before(progress.step)
