@@ -178,9 +178,11 @@ def solve(
     drawing: Drawing,
     *,
     stopping: Callable[[], bool] = lambda: False,
+    heard: dict[int, str] | None = None,
 ) -> list[bool] | None:
     """Whether the first response to each question is right. A prompt without room for a response is not solved.
 
+    heard: by the numbers of questions, is given the responses to those that it has.
     None where `stopping` said so before the end.
     """
     prompts = encode_prompts(encoder, questions)
@@ -200,4 +202,6 @@ def solve(
             question = questions[place]
             answered = judge(question, prompts[place], drawn[question.number][:1], encoder, verifier)
             solved[place] = answered.right[0]
+            if heard is not None and question.number in heard:
+                heard[question.number] = answered.responses[0].text
     return solved

@@ -28,6 +28,8 @@ from dpo_cli.rollout.verify import Verifier, verifier_of
 from dpo_cli.train.console import RunConsole
 
 METRIC = "task/accuracy"
+# Of so many problems, the first ones, task.json keeps what the policy answered; so many characters of it.
+_SHOWN, _LONGEST_TEXT = 8, 2000
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,15 @@ class TaskEvaluation:
     def before(self, engine: Engine, console: RunConsole) -> None:
         """The policy as it starts; a resumed run calls this before it restores the checkpoint."""
         if self.ranks.broadcast(self._kept()) is None:
-            solved = self._solve(engine, self.questions)
+            answers = self._heard()
+            solved = self._solve(engine, self.questions, heard=answers)
             assert solved is not None
             if self.ranks.is_main:
-                write_json(self.file, {"asked": self._asked, "before": solved.astype(int).tolist()})
+                shown = [
+                    {"prompt": question.prompt, "truth": question.truth, "before": answers[question.number]}
+                    for question in self.questions[:_SHOWN]
+                ]
+                write_json(self.file, {"asked": self._asked, "before": solved.astype(int).tolist(), "shown": shown})
             console.say(f"task accuracy before training: {solved.mean():.1%} of {len(solved):,} problems")
 
     def evaluate(self, engine: Engine, *, should_stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -102,10 +109,16 @@ class TaskEvaluation:
                 where=str(self.file),
                 hint="resume= the run folder, which finds it again",
             )
-        solved = self._solve(engine, self.questions)
+        answers = self._heard()
+        solved = self._solve(engine, self.questions, heard=answers)
         assert solved is not None
         if self.ranks.is_main:
-            write_json(self.file, kept | {"after": solved.astype(int).tolist()})
+            # A run that began before answers were kept has none to set these beside.
+            shown = [
+                row | {"after": answers[question.number]}
+                for row, question in zip(kept.get("shown", []), self.questions, strict=False)
+            ]
+            write_json(self.file, kept | {"after": solved.astype(int).tolist(), "shown": shown})
         difference = paired_difference(np.array(kept["before"], bool), solved)
         console.heading(describe_difference(difference, len(solved)))
         return difference
@@ -124,10 +137,22 @@ class TaskEvaluation:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
+    def _heard(self) -> dict[int, str]:
+        """Room for the answers that are kept."""
+        return {question.number: "" for question in self.questions[:_SHOWN]}
+
     def _solve(
-        self, engine: Engine, questions: Sequence[Question], *, should_stop: Callable[[], bool] = lambda: False
+        self,
+        engine: Engine,
+        questions: Sequence[Question],
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        heard: dict[int, str] | None = None,
     ) -> NDArray[np.bool_] | None:
-        """(questions,) on every rank; each solves its share. None where a rank was stopped."""
+        """(questions,) on every rank; each solves its share, and all are told what is in `heard`.
+
+        None where a rank was stopped.
+        """
         ranks = self.ranks
         with engine.whole_weights():
             mine = solve(
@@ -137,7 +162,11 @@ class TaskEvaluation:
                 self.verifier,
                 self.drawing,
                 stopping=should_stop,
+                heard=heard,
             )
+        if heard is not None:
+            for told in ranks.gather(dict(heard)):
+                heard.update((number, text[:_LONGEST_TEXT]) for number, text in told.items() if text)
         solved = np.zeros(len(questions), dtype=bool)
         for rank, share in enumerate(ranks.gather(mine)):
             if share is None:

@@ -39,7 +39,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     asked: list[int] = []
 
     def solve(
-        model: Any, encoder: Any, questions: list[Question], *settings: Any, stopping: Callable[[], bool]
+        model: Any, encoder: Any, questions: list[Question], *settings: Any, stopping: Callable[[], bool], heard: Any
     ) -> list[bool] | None:
         asked.append(len(questions))
         return None if stopping() else [len(asked) > 1] * len(questions)
@@ -104,6 +104,9 @@ def test_the_embedded_model_solves_its_problems_in_parts_as_in_whole(tmp_path: P
     assert 0.3 < sum(before) / 40 < 0.95
     assert task.evaluate(ENGINE, should_stop=lambda: False) == {METRIC: sum(before[:20]) / 20}
     assert task.after(ENGINE, RunConsole()).gain == 0
+    shown = json.loads((tmp_path / "task.json").read_text())["shown"]
+    assert len(shown) == 8 and all(row["before"] == row["after"] != "" for row in shown)
+    assert [f"#### {row['truth']}" in row["after"] for row in shown] == [bool(right) for right in before[:8]]
 
     with pytest.raises(DataError, match=r"eval\.task\.max_new_tokens"):
         TaskEvaluation.of(settings(file, max_new_tokens=512), policy, tmp_path, SoleRank(), chat=False)
