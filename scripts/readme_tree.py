@@ -14,6 +14,7 @@ SUMMARIES = {
     "dpo_cli/conf": "Defaults, one YAML file a choice; every key with its meaning, unit and range",
     "dpo_cli/recipes": "Whole experiments: command, hardware, hours, expected result",
     "dpo_cli/example": "The embedded example: base policy, preference pairs, test problems",
+    "dpo_cli/report/pages": "Templates of a page, which escape whatever is put into them, and its style sheet",
     "tests": "Mirror dpo_cli/; tests/end_to_end trains, kills and resumes from the shell",
     "docs": "Losses and their reductions; the embedded example's numbers",
 }

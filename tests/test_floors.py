@@ -49,6 +49,7 @@ OWNERS = {
     "hydra": ("cli", "config.compose"),
     "omegaconf": ("cli", "config.compose"),
     "pydantic": ("config",),
+    "matplotlib": ("report",),
     "trl": (),
     "pickle": (),
 }
