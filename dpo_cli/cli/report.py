@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_cli.cli.train import exit_code_of, installed_version
+from dpo_cli.cli.answers import installed_version
+from dpo_cli.cli.train import exit_code_of
 from dpo_cli.errors import ConfigError
 
 _PROGRAM = "dpo-report"
