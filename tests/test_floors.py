@@ -34,6 +34,7 @@ FLOORS = {
     "train.metrics": 3,
     "train.metric_sums": 3,
     "train": 4,
+    "tracking": 4,
     "report": 5,
     "evaluation": 5,
     "inspection": 5,
@@ -50,6 +51,9 @@ OWNERS = {
     "omegaconf": ("cli", "config.compose"),
     "pydantic": ("config",),
     "matplotlib": ("report",),
+    "wandb": ("tracking",),
+    "mlflow": ("tracking",),
+    "trackio": ("tracking",),
     "trl": (),
     "pickle": (),
 }

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.config.logger_checks import LOGGER_CHECKS
 from dpo_cli.config.machine_checks import MACHINE_CHECKS, Check, Values
 from dpo_cli.config.suggest import closest, suggest_choice
 from dpo_cli.errors import ConfigError
@@ -228,6 +229,7 @@ CHECKS: tuple[Check, ...] = (
     (divergence_has_a_reference, ("loss.f_divergence", "loss.reference_free")),
     (template_has_fields, ("data.prompt_template",)),
     *MACHINE_CHECKS,
+    *LOGGER_CHECKS,
     (model_exists, ("model.path", "choice.model")),
     (adapter_exists, ("model.adapter",)),
     (reference_exists, ("model.reference",)),

@@ -195,10 +195,42 @@ class TensorBoardConfig(Section):
     folder: Name
 
 
+class CsvConfig(Section):
+    file: Name
+
+
+class WandbConfig(Section):
+    project: Name
+    entity: Name | None
+    name: Name | None
+    tags: list[Name]
+    mode: Literal["online", "offline", "disabled"]
+    alerts: bool
+
+
+class MlflowConfig(Section):
+    """tracking_uri: None stands for MLFLOW_TRACKING_URI, and without that for a database in the run folder."""
+
+    tracking_uri: Name | None
+    experiment: Name
+    name: Name | None
+    tags: list[Name]
+
+
+class TrackioConfig(Section):
+    project: Name
+    name: Name | None
+    tags: list[Name]
+
+
 class LoggerConfig(Section):
     """The loggers chosen by `logger=[...]`; one that was not chosen is None."""
 
     tensorboard: TensorBoardConfig | None = None
+    csv: CsvConfig | None = None
+    wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None
+    trackio: TrackioConfig | None = None
 
 
 class Config(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 _TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b")
@@ -28,3 +29,16 @@ def looks_secret(key: str, value: Any) -> bool:
     if not isinstance(value, str | list) or not value:
         return False
     return mask_tokens(str(value)) != str(value) or bool(_SECRET_KEY.search(key))
+
+
+def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they may leave this machine: `mask` applied to every value."""
+
+    def masked(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: masked(str(name), inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [masked(key, inner) for inner in value]
+        return mask(f"{key}={value}").partition("=")[2] if isinstance(value, str) else value
+
+    return {name: masked(name, value) for name, value in settings.items()}

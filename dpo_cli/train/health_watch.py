@@ -47,10 +47,12 @@ class HealthWatch:
         for row in read_metrics(metrics) if metrics.exists() else ():
             self._record(row)
 
-    def after(self, row: Mapping[str, Any]) -> None:
-        """Judge the run by one more line of its metrics."""
-        for told in self._record(row):
+    def after(self, row: Mapping[str, Any]) -> list[Told]:
+        """Judge the run by one more line of its metrics; returns what was told of it."""
+        found = self._record(row)
+        for told in found:
             self.tell(told)
+        return found
 
     def _record(self, row: Mapping[str, Any]) -> list[Told]:
         found = self.monitor.after(row)

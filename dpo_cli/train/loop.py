@@ -11,6 +11,7 @@ import torch
 from dpo_cli.batch.order import global_batch, steps_per_epoch
 from dpo_cli.engine.interface import OPTIMIZER, WEIGHTS, Engine, SavedTensor
 from dpo_cli.engine.ranks import Ranks
+from dpo_cli.tracking.trackers import Trackers
 from dpo_cli.train.batch_loss import BatchLoss, Normalisers
 from dpo_cli.train.checkpoint import Checkpoint, CheckpointStore
 from dpo_cli.train.console import RunConsole
@@ -24,7 +25,6 @@ from dpo_cli.train.moving_reference import MovingReference
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.task_eval import TaskEvaluation
 from dpo_cli.train.throughput import Clock, Utilisation
-from dpo_cli.train.trackers import Trackers
 
 # The group of a checkpoint that holds the states of random generators.
 RANDOM = "rng"
@@ -271,7 +271,8 @@ class Training:
         self.trackers.log(step, split, metrics)
         self.console.metrics(step, self.settings.total_steps, split, metrics)
         if self.health is not None:
-            self.health.after({"step": step, "split": split, **metrics})
+            for told in self.health.after({"step": step, "split": split, **metrics}):
+                self.trackers.finding(told)
 
     def _with_derived(self, metrics: dict[str, float]) -> dict[str, float]:
         """Unpaired examples have no margin each; that of their means is what can be said."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from dpo_cli.atomic import write_json
 from dpo_cli.batch.order import examples_shown, global_batch
-from dpo_cli.config.schema import Config, LoggerConfig
+from dpo_cli.config.schema import Config
 from dpo_cli.data.example import Examples
 from dpo_cli.engine.backend import Backend
 from dpo_cli.engine.interface import whole_shape
@@ -32,6 +32,7 @@ from dpo_cli.policy.self_test import packed_self_test
 from dpo_cli.reference.identity import identity_of
 from dpo_cli.reference.spot_check import largest_rounding
 from dpo_cli.reference.store import ReferenceStore, open_store
+from dpo_cli.tracking.trackers import Trackers
 from dpo_cli.train.batch_loss import BatchLoss
 from dpo_cli.train.checkpoint import CheckpointStore
 from dpo_cli.train.console import RunConsole
@@ -48,11 +49,11 @@ from dpo_cli.train.objective import Objective
 from dpo_cli.train.on_policy import fitting_truths, make_generator, truths_shown
 from dpo_cli.train.parts import backend_of, build_loss, loop_settings, optimizer_settings, reference_name, schedule_of
 from dpo_cli.train.reference_pass import ReferencePass, release_memory
+from dpo_cli.train.results import final_results
 from dpo_cli.train.run_data import RunData, run_data
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.task_eval import TaskEvaluation
 from dpo_cli.train.throughput import Utilisation, typical_batch
-from dpo_cli.train.trackers import Trackers
 
 MANIFEST = "run.json"
 
@@ -76,9 +77,12 @@ def run_training(
     finding ended the run.
     """
     console = console or RunConsole(level=config.log_level)
-    run = _Run(config, run_dir, console, StopRequest(console.interject), ranks or SoleRank())
+    ranks = ranks or SoleRank()
+    trackers = Trackers.of(config, run_dir) if ranks.is_main else Trackers.none(config, run_dir)
+    run = _Run(config, run_dir, console, StopRequest(console.interject), ranks, trackers)
     try:
-        with run.stop.listening():
+        # Whatever ends the run, the trackers hear of it, and are waited for once a Ctrl-C may end that wait.
+        with trackers, run.stop.listening():
             run.execute()
     except Interrupted as stopped:
         stopped.hint = f"dpo-train resume={run_dir}"
@@ -98,6 +102,7 @@ class _Run:
     console: RunConsole
     stop: StopRequest
     ranks: Ranks
+    trackers: Trackers
 
     def execute(self) -> None:
         config, say = self.config, self.console.say
@@ -179,9 +184,7 @@ class _Run:
                 ),
                 metrics=alive.enter_context(MetricsLog(self.run_dir / "metrics.jsonl")),
                 health=HealthWatch.of(config, self.run_dir, self.console.find, alive),
-                trackers=alive.enter_context(
-                    Trackers.of(config.logger if self.ranks.is_main else LoggerConfig(), self.run_dir)
-                ),
+                trackers=self.trackers,
                 console=self.console,
                 stop=self.stop,
                 utilisation=Utilisation.of(plan, device, typical_batch(data.train, objective.trained_responses)),
@@ -207,6 +210,7 @@ class _Run:
                 difference=difference,
                 state=state,
             )
+            self.trackers.results(progress.step, final_results(self.run_dir))
         self.ranks.barrier()
         if ended_by is not None:
             raise ended_early(self.run_dir, step=progress.step, name=ended_by)
@@ -390,7 +394,7 @@ class _Run:
             if training.health is not None:
                 training.health.repeat(training.metrics.path)
         progress.ended = training.ended_before(progress.step)
-        training.trackers.begin(progress.step)
+        training.trackers.begin(progress.step, self.console.say)
         return progress
 
     def _check_start(self, training: Training) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from dpo_cli.config.check import check
 from dpo_cli.config.compose.composition import Request, compose
-from dpo_cli.config.secrets import looks_secret, mask
+from dpo_cli.config.secrets import looks_secret, mask, without_secrets
 from dpo_cli.errors import ConfigError
 
 TOKEN = "hf_" + "aB3" * 10
@@ -35,3 +35,12 @@ def test_a_token_in_a_setting_is_refused_without_showing_it() -> None:
 
 def test_a_token_inside_a_list_is_found() -> None:
     assert looks_secret("data.train", ["org/a", {"path": f"https://{TOKEN}@host/a.jsonl"}])
+
+
+def test_what_leaves_the_machine_is_masked_at_any_depth() -> None:
+    settings = {"a": {"api_key": "abc", "uri": "https://me:pw@host/x"}, "b": ["hf_" + "x" * 30, 1], "c": None}
+    assert without_secrets(settings) == {
+        "a": {"api_key": "****", "uri": "https://****@host/x"},
+        "b": ["****", 1],
+        "c": None,
+    }
