@@ -54,6 +54,8 @@ OWNERS = {
     "wandb": ("tracking",),
     "mlflow": ("tracking",),
     "trackio": ("tracking",),
+    "optuna": ("cli.sweep",),
+    "submitit": ("cli.sweep",),
     "trl": (),
     "pickle": (),
 }

@@ -20,7 +20,7 @@ Groups: choose with GROUP=CHOICE; dpo-train show=GROUP tells what each choice is
 """
 _OPTIONS = """
 Options
-  -m, --multirun      train once for every combination of the values given
+  -m, --multirun      train once for every combination of the values given, or search ranges: sweep.sampler
   --cfg job           show the configuration instead of training with it
   --config-dir DIR    look for configuration files in DIR as well
   --config-name NAME  start from NAME.yaml of that folder, whose defaults list begins with `config`

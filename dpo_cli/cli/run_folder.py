@@ -54,7 +54,7 @@ def check_free(folder: Path) -> None:
         if (folder / REQUEST_FILE).exists():
             raise ConfigError(f"{folder} holds a run already.", where="run_dir", hint=f"dpo-train resume={folder}")
         if (folder / SWEEP_FILE).exists():
-            raise ConfigError(f"{folder} holds a sweep already.", where="run_dir", hint=f"dpo-train resume={folder}/0")
+            raise ConfigError(f"{folder} holds a sweep already.", where="run_dir", hint=f"dpo-train resume={folder}")
         raise ConfigError(f"{folder} is not empty.", where="run_dir", hint="run_dir=ANOTHER, or leave run_dir out")
 
 
@@ -80,43 +80,54 @@ def discard_unbegun(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def create_sweep_folder(folder: Path, request: Request, jobs: list[list[str]]) -> None:
-    _create(folder, {SWEEP_FILE: {**_request_as_dict(request), "jobs": jobs}})
+def create_sweep_folder(folder: Path, request: Request) -> None:
+    _create(folder, {SWEEP_FILE: _request_as_dict(request)})
+
+
+def save_resumed_sweep(folder: Path, request: Request) -> None:
+    """Replace a sweep's saved request by that it goes on with."""
+    _replace_yaml(folder / SWEEP_FILE, _request_as_dict(request))
+
+
+def read_saved_sweep(folder: Path) -> Request:
+    """What the user of a sweep typed. Raises CheckpointError when it is damaged."""
+    return _request_in(folder / SWEEP_FILE, _read_yaml(folder / SWEEP_FILE))
 
 
 def save_resumed(folder: Path, config: Config, request: Request) -> None:
     """Replace a run's saved configuration and request by those it goes on with."""
     for name, content in ((CONFIG_FILE, config.as_dict()), (REQUEST_FILE, _request_as_dict(request))):
-        temporary = folder / f".{name}.tmp"
-        _write_yaml(temporary, content)
-        temporary.replace(folder / name)
+        _replace_yaml(folder / name, content)
 
 
 def read_saved_run(folder: Path) -> SavedRun:
     """Raises CheckpointError when `folder` is no run folder, or its settings are damaged."""
     if not folder.is_dir():
         raise CheckpointError(f"There is no run folder {folder}.", where="resume", hint=_newest_run(folder.parent))
-    if (folder / SWEEP_FILE).exists():
-        jobs = [job.name for job in folder.iterdir() if (job / REQUEST_FILE).exists()]
-        jobs.sort(key=lambda name: (len(name), name))
-        named = f"name one of its jobs: {', '.join(f'resume={folder / job}' for job in jobs)}" if jobs else None
-        raise CheckpointError(f"{folder} is a sweep, not one run.", where="resume", hint=named)
     if not (folder / REQUEST_FILE).exists():
         run = next((parent for parent in folder.absolute().parents if (parent / REQUEST_FILE).exists()), None)
         hint = f"resume={run}" if run else _newest_run(folder)
         hint = hint or "name the folder that holds config.yaml and checkpoints/"
         raise CheckpointError(f"{folder} is not a run folder: it has no {REQUEST_FILE}.", where="resume", hint=hint)
     saved, settings = _read_yaml(folder / REQUEST_FILE), _read_yaml(folder / CONFIG_FILE)
+    request = _request_in(folder / REQUEST_FILE, saved)
+    return SavedRun(folder, request, settings, str(saved["cwd"]))
+
+
+def is_sweep(folder: Path) -> bool:
+    return (folder / SWEEP_FILE).exists()
+
+
+def _request_in(file: Path, saved: dict[str, Any]) -> Request:
     try:
-        config_dir = saved["config_dir"]
-        request = Request(
+        config_dir, _ = saved["config_dir"], saved["cwd"]
+        return Request(
             overrides=tuple(map(str, saved["overrides"])),
             config_dir=Path(config_dir) if config_dir is not None else None,
             config_name=str(saved["config_name"]),
         )
-        return SavedRun(folder, request, settings, str(saved["cwd"]))
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{REQUEST_FILE} is damaged: {error!r}.", where=str(folder / REQUEST_FILE)) from None
+        raise CheckpointError(f"{file.name} is damaged: {error!r}.", where=str(file)) from None
 
 
 @contextmanager
@@ -190,6 +201,12 @@ def _request_as_dict(request: Request) -> dict[str, Any]:
         "overrides": list(request.overrides),
         "cwd": str(Path.cwd()),
     }
+
+
+def _replace_yaml(file: Path, content: Any) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    _write_yaml(temporary, content)
+    temporary.replace(file)
 
 
 def _write_yaml(file: Path, content: Any) -> None:

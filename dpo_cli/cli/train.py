@@ -85,9 +85,9 @@ def dispatch(arguments: Arguments, *, train: Train | None = None) -> None:
     elif arguments.resume is not None:
         _resume(arguments, train)
     elif arguments.sweep:
-        from dpo_cli.cli.sweep import sweep
+        from dpo_cli.cli.sweep.run import start_sweep
 
-        sweep(_request(arguments), train=train)
+        start_sweep(_request(arguments), train=train, resume=_resumer(train))
     else:
         _start(arguments, train)
 
@@ -150,7 +150,7 @@ def _plan(config: Config) -> None:
 
 def _resume(arguments: Arguments, train: Train) -> None:
     from dpo_cli.cli.launched import check_launch
-    from dpo_cli.cli.run_folder import read_saved_run, save_resumed
+    from dpo_cli.cli.run_folder import is_sweep, read_saved_run, save_resumed
     from dpo_cli.config.check import check
     from dpo_cli.config.compose.composition import compose
     from dpo_cli.config.diff import refuse_another_experiment
@@ -167,8 +167,13 @@ def _resume(arguments: Arguments, train: Train) -> None:
             hint="leave run_dir out; a run goes on in its own folder, which may have been moved",
         )
     folder = Path(str(arguments.resume))
-    saved = read_saved_run(folder)
     import_path_includes(Path.cwd())
+    if is_sweep(folder):
+        from dpo_cli.cli.sweep.run import resume_sweep
+
+        resume_sweep(folder, arguments.overrides, train=train, resume=_resumer(train))
+        return
+    saved = read_saved_run(folder)
     request = replace(
         saved.request,
         overrides=(*saved.request.overrides, *arguments.overrides),
@@ -190,6 +195,10 @@ def _resume(arguments: Arguments, train: Train) -> None:
         return
     check_launch(config.hardware)
     train(config, before=lambda: save_resumed(folder, config, request))
+
+
+def _resumer(train: Train) -> Callable[[Path], None]:
+    return lambda folder: _resume(parse_arguments([f"resume={folder}"]), train)
 
 
 def _train(config: Config, *, before: Callable[[], None] | None = None) -> None:

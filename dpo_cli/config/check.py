@@ -18,6 +18,7 @@ from dpo_cli.config.schema import OPTIMIZERS, Config, Section
 from dpo_cli.config.secrets import looks_secret, mask
 from dpo_cli.config.shipped import GROUPS, is_shipped
 from dpo_cli.config.suggest import suggest_choice, suggest_key
+from dpo_cli.config.sweep_checks import SWEEP_CHECKS
 from dpo_cli.errors import ConfigError, DpoError
 
 MISSING = "???"
@@ -60,8 +61,8 @@ class Rules(Generic[C]):
 
 
 def check(composition: Composition) -> Config:
-    """The checked configuration of a training. Raises ConfigError holding every problem found."""
-    return check_by(TRAINING, composition)
+    """The checked configuration of a training, which knows of no sweep. Raises ConfigError with every problem found."""
+    return check_by(TRAINING, composition).model_copy(update={"sweep": None})
 
 
 def check_by(rules: Rules[C], composition: Composition) -> C:
@@ -218,3 +219,5 @@ def _mistyped(key: str, error: ErrorDetails) -> ConfigError:
 
 
 TRAINING = Rules(Config, known_keys, GROUPS, CHECKS)
+# Of a command with -m; its jobs are trainings like any other, also on a machine where no sweep could be run.
+SWEEPING = Rules(Config, known_keys, GROUPS, (*CHECKS, *SWEEP_CHECKS))

@@ -233,6 +233,22 @@ class LoggerConfig(Section):
     trackio: TrackioConfig | None = None
 
 
+class SweepConfig(Section):
+    """How `-m` sweeps; no run knows of it. options: further ones of sbatch."""
+
+    sampler: Literal["grid", "random", "tpe"]
+    trials: Count | None
+    metric: Name
+    direction: Literal["maximize", "minimize"]
+    storage: Name | None
+    cluster: Literal["slurm", "local"] | None
+    parallel: Count | None
+    partition: Name | None
+    gpus: Count | None
+    minutes: Count
+    options: Mapping[str, Any]
+
+
 class Config(Section):
     run_dir: Name
     store_dir: Name
@@ -258,10 +274,11 @@ class Config(Section):
     optimizer: OptimizerConfig
     hardware: HardwareConfig
     logger: LoggerConfig
+    sweep: SweepConfig | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values under the names that YAML has, as they are saved with a run."""
-        plain: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
+        """Plain values under the names that YAML has, as they are saved with a run, which knows of no sweep."""
+        plain: dict[str, Any] = self.model_dump(mode="json", by_alias=True, exclude={"sweep"})
         plain["logger"] = {name: value for name, value in plain["logger"].items() if value is not None}
         return plain
 

@@ -130,6 +130,11 @@ CASES = {
     "nothing to delete": ([REAL, "~loss.gamma"], ["no loss.gamma to delete"]),
     "circular reference": ([REAL, "run_dir=${store_dir}", "store_dir=${run_dir}"], ["cannot be worked out"]),
     "reference to nothing": ([REAL, "run_dir=${output_root}/x"], ["run_dir cannot be worked out", "output_root"]),
+    "interval in a grid": (["-m", REAL, "loss.beta=interval(0.1,1)"], ["no list of values", "sweep.sampler=tpe"]),
+    "search without an end": (["-m", REAL, "loss.beta=1,2", "sweep.sampler=tpe"], ["never ends", "sweep.trials=20"]),
+    "trials of a grid": (["-m", REAL, "loss.beta=1,2", "sweep.trials=3"], ["sweep.trials is for searches"]),
+    "sweep of how to sweep": (["-m", REAL, "sweep.metric=a,b", "seed=1,2"], ["sweep.metric says how to sweep"]),
+    "partition without a cluster": (["-m", REAL, "seed=1,2", "sweep.partition=gpu"], ["for jobs on a cluster"]),
     "sweep of the folder": (["-m", REAL, "run_dir=a,b"], ["run_dir cannot be swept"]),
     "sweep of a loss that is not there": (
         ["-m", REAL, "loss=dpo,ipo,simpoo"],

@@ -117,7 +117,9 @@ def test_a_sweep_without_a_name_gets_one_folder(folder: Path, handed_over: Hande
     assert main(["-m", REAL, "seed=1,2"]) == 0
     (parent,) = (folder / "outputs").iterdir()
     assert parent.name.endswith("_sweep")
-    assert {path.name for path in parent.iterdir()} == {"sweep.yaml", "0", "1"}
+    assert {path.name for path in parent.iterdir()} == {
+        ".lock", "sweep.yaml", "outcomes.json", "sweep.csv", "sweep.json", "0", "1"
+    }  # fmt: skip
 
 
 def test_a_fault_in_the_last_job_is_found_before_the_first_begins(
@@ -128,9 +130,8 @@ def test_a_fault_in_the_last_job_is_found_before_the_first_begins(
     assert not list(folder.iterdir())
 
 
-def test_a_job_of_a_sweep_is_resumed_by_its_folder(folder: Path, handed_over: HandedOver, refused: Refused) -> None:
+def test_a_job_of_a_sweep_is_resumed_by_its_folder(folder: Path, handed_over: HandedOver) -> None:
     assert main(["-m", REAL, "seed=1,2", "run_dir=sweep"]) == 0
-    assert "resume=sweep/0, resume=sweep/1" in refused("resume=sweep")
     assert main(["resume=sweep/1"]) == 0
     assert handed_over.configs[2] == handed_over.configs[1]
 
@@ -146,6 +147,16 @@ def test_a_job_that_fails_stops_the_sweep_with_its_exit_code(
     assert main(["-m", REAL, "seed=1,2,3", "run_dir=sweep"]) == code
     assert len(handed_over.configs) == 2
     assert "dpo-train resume=sweep/1" in capsys.readouterr().err
+
+
+def test_a_sweep_goes_on_with_the_job_that_stopped_it_and_those_behind(folder: Path, handed_over: HandedOver) -> None:
+    handed_over.raises[1] = Interrupted("Step 5 is saved.")
+    assert main(["-m", REAL, "seed=1,2,3", "run_dir=sweep"]) == 75
+    assert main(["resume=sweep"]) == 0
+    assert [config.seed for config in handed_over.configs] == [1, 2, 2, 3]
+    assert [config.run_dir for config in handed_over.configs] == ["sweep/0", "sweep/1", "sweep/1", "sweep/2"]
+    assert main(["resume=sweep", "sweep.metric=eval/loss"]) == 0
+    assert len(handed_over.configs) == 4
 
 
 def test_a_failure_that_nobody_foresaw_is_told_shortly_and_logged_whole(

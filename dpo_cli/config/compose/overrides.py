@@ -30,7 +30,8 @@ def parse_overrides(
 ) -> tuple[list[Override], list[DpoError]]:
     """Overrides in order, and a problem for every word that is none.
 
-    sweep: several values for a key, as in loss.beta=0.1,0.5, are allowed. program: whose command line it is.
+    sweep: several values for a key, as in loss.beta=0.1,0.5, are allowed, and so are intervals, which only a search can
+        draw from. program: whose command line it is.
     """
     # Without a config loader: it is needed for glob() sweeps over a group's choices only, which are refused below.
     parser = OverridesParser.create()
@@ -132,6 +133,10 @@ def _sweep_problem(override: Override, sweep: bool, program: str) -> ConfigError
             where="command line",
             hint="run_dir=FOLDER puts them at FOLDER/0, FOLDER/1, ...",
         )
+    if key.partition(".")[0] == "sweep":
+        return ConfigError(f"{key} says how to sweep, and has one value.", where="command line", hint=f"{key}=VALUE")
+    if override.is_interval_sweep():
+        return None
     try:
         if not list(override.sweep_string_iterator()):
             return ConfigError(f"{word} gives {key} no value.", where="command line")
@@ -142,6 +147,19 @@ def _sweep_problem(override: Override, sweep: bool, program: str) -> ConfigError
             hint=f"{key}=value1,value2 or {key}=range(1,4)",
         )
     return None
+
+
+def intervals_are_for_searches(overrides: Sequence[Override]) -> list[DpoError]:
+    """A problem for every interval: a grid has no end of its values."""
+    return [
+        ConfigError(
+            f"{mask(str(override.input_line))} has no list of values to train with.",
+            where="command line",
+            hint=f"{override.key_or_group}=value1,value2; or sweep.sampler=tpe sweep.trials=20, which searches it",
+        )
+        for override in overrides
+        if override.is_interval_sweep()
+    ]
 
 
 def _without_dashes(word: str) -> str:
