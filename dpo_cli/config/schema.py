@@ -241,6 +241,7 @@ class SweepConfig(Section):
     metric: Name
     direction: Literal["maximize", "minimize"]
     storage: Name | None
+    report: bool
     cluster: Literal["slurm", "local"] | None
     parallel: Count | None
     partition: Name | None

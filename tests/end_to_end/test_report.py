@@ -138,6 +138,9 @@ def _looks_right(page: Path, scratch: Path) -> None:
 def test_a_sweep_is_compared_in_a_page_of_its_own(workplace: Workplace) -> None:
     done = workplace.call("-m", *workplace.defaults, "loss.beta=0.1,1", "max_steps=4", "eval_every=2", "run_dir=sweep")
     assert done.returncode == 0, done.stderr
+    page = workplace.folder / "sweep" / "report" / "report.html"
+    assert f"report: {page.relative_to(workplace.folder)}" in done.stdout
+    assert "unfinished" not in Page(page.read_text(encoding="utf-8")).text
     (workplace.folder / "sweep" / "1" / "final" / "dpo_run.json").unlink()
     page = write([workplace.folder / "sweep"], workplace.folder / "sweep" / "report")
     read = Page(page.read_text(encoding="utf-8"))

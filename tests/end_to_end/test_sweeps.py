@@ -21,7 +21,7 @@ from dpo_cli.config.compose.composition import Request, compose
 
 from .conftest import Workplace, save_tiny_model
 
-SHORT = ["max_steps=2", "eval_every=0", "save_every=0", "logger=[]", "run_dir=sweep"]
+SHORT = ["max_steps=2", "eval_every=0", "save_every=0", "logger=[]", "run_dir=sweep", "sweep.report=false"]
 
 
 def swept(workplace: Workplace) -> list[dict[str, Any]]:

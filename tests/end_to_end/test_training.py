@@ -117,7 +117,7 @@ def test_a_loss_of_ones_own_needs_nothing_but_yaml(workplace: Workplace) -> None
 
 
 def test_a_sweep_scores_the_reference_once_and_numbers_its_jobs(workplace: Workplace) -> None:
-    done = workplace.train("-m", "loss.beta=0.05,0.1,0.5", "run_dir=sweep", "max_steps=3")
+    done = workplace.train("-m", "loss.beta=0.05,0.1,0.5", "run_dir=sweep", "max_steps=3", "sweep.report=false")
     assert done.returncode == 0, done.stderr
     shards = list((workplace.folder / "store" / "reference").glob("*/*.arrow"))
     assert done.stdout.count(" 0 to score") == 4, done.stdout

@@ -29,6 +29,7 @@ from dpo_cli.config.secrets import mask
 from dpo_cli.config.shipped import is_shipped
 from dpo_cli.config.sweep_checks import sweep_settings
 from dpo_cli.errors import EXIT_BAD_INPUT, EXIT_NON_FINITE, ConfigError, DpoError
+from dpo_cli.report import write as write_report
 
 # What trains in a folder that was just made, and what goes on with a run from where its folder stands.
 Train = Callable[[Config], None]
@@ -143,7 +144,7 @@ def _run(sweep: Sweep, folder: Path, train: Train, resume: Resume) -> None:
         _run_here(sweep, source, outcomes, folder, train, resume)
     else:
         _run_on_cluster(sweep, source, outcomes, folder)
-    show(_compared(sweep, source, outcomes, folder), folder, sweep.settings)
+    _tell(sweep, source, outcomes, folder)
 
 
 def _run_here(sweep: Sweep, source: Source, outcomes: Outcomes, folder: Path, train: Train, resume: Resume) -> None:
@@ -200,7 +201,7 @@ def _run_on_cluster(sweep: Sweep, source: Source, outcomes: Outcomes, folder: Pa
     expected = _JUDGED if sweep.is_search else SUCCEEDED
     failed = [job for job in source.started() if outcomes.codes.get(job.number) not in expected]
     if failed:
-        show(_compared(sweep, source, outcomes, folder), folder, sweep.settings)
+        _tell(sweep, source, outcomes, folder)
         raise DpoError(
             f"{len(failed)} jobs have failed: {', '.join(str(job.number) for job in failed)}.",
             where=str(folder / "cluster"),
@@ -213,6 +214,19 @@ def _created(sweep: Sweep, job: Job, folder: Path) -> Config:
     config = check(_in_folder(compose(request), folder / str(job.number)))
     create_run_folder(config, request)
     return config
+
+
+def _tell(sweep: Sweep, source: Source, outcomes: Outcomes, folder: Path) -> None:
+    """The table, and the page with all curves."""
+    show(_compared(sweep, source, outcomes, folder), folder, sweep.settings)
+    jobs = [folder / str(job.number) for job in source.started()]
+    measured = [job for job in jobs if (job / "metrics.jsonl").exists()]
+    if not (sweep.settings.report and measured):
+        return
+    try:
+        print(f"report: {write_report(measured, folder / 'report')}")
+    except Exception as error:  # the sweep itself is done, and its table written
+        print(f"There is no report: {error}\n  try:   dpo-report {folder}", file=sys.stderr)
 
 
 def _compared(sweep: Sweep, source: Source, outcomes: Outcomes, folder: Path) -> list[Row]:
