@@ -1,4 +1,4 @@
-"""Settings of dpo-sample, dpo-eval and dpo-data that cannot stand together, or name files that are not there."""
+"""Settings of the commands beside dpo-train that cannot stand together, or name files that are not there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_cli.config.check import Rules
 from dpo_cli.config.commands import (
+    ChatConfig,
     ConvertConfig,
     DataCheckConfig,
     EvalConfig,
@@ -19,6 +20,7 @@ from dpo_cli.config.commands import (
 from dpo_cli.config.contradictions import (
     CHECKS,
     adapter_exists,
+    missing_model,
     missing_path,
     missing_source,
     model_exists,
@@ -36,6 +38,8 @@ from dpo_cli.data.reasons import FINDINGS, REASONS
 from dpo_cli.errors import ConfigError
 
 CONVERT_ENDINGS = (".jsonl", ".parquet")
+# `beside` that means the model a run was trained against.
+BESIDE_REFERENCE = "reference"
 
 
 def _is_free(key: str, values: Values) -> ConfigError | None:
@@ -197,6 +201,26 @@ def _form_is_known(values: Values) -> ConfigError | None:
     )
 
 
+def _beside_is_there(values: Values) -> ConfigError | None:
+    beside, reference = values["beside"], values["model.reference"]
+    if beside != BESIDE_REFERENCE:
+        return missing_model("beside", beside)
+    knows = isinstance(values["model.path"], str) and run_settings_file(values["model.path"]) is not None
+    if knows or reference not in (None, "start"):
+        return None
+    return ConfigError(
+        "model.path names no run that would know its reference.",
+        where="beside",
+        hint="beside=FOLDER, the model that training began with",
+    )
+
+
+def _system_has_a_chat(values: Values) -> ConfigError | None:
+    if values["system"] is None or values["chat"] is not False:
+        return None
+    return ConfigError("chat=false knows no system's message.", where="system", hint="chat=true, or leave system out")
+
+
 def _only(modes: tuple[str, ...], check: Callable[[Values], ConfigError | None], values: Values) -> ConfigError | None:
     return check(values) if values["mode"] in modes else None
 
@@ -242,6 +266,14 @@ _EVAL: tuple[Check, ...] = (
 )
 
 
+_CHAT: tuple[Check, ...] = (
+    (model_exists, ("model.path", "choice.model")),
+    (adapter_exists, ("model.adapter",)),
+    (reference_exists, ("model.reference",)),
+    (_beside_is_there, ("beside", "model.path", "model.reference")),
+    (_system_has_a_chat, ("system", "chat")),
+    (_template_has_fields, ("prompt_template",)),
+)
 _CONVERT: tuple[Check, ...] = (
     (training_data_exists, ("data.train", "choice.data")),
     (template_has_fields, ("data.prompt_template",)),
@@ -273,3 +305,4 @@ DATA_CHECK = Rules(
     (*CHECKS, (_findings_are_known, ("fail_on",)), (partial(_is_free, "out"), ("out",))),
 )
 CONVERT = Rules(ConvertConfig, partial(_known, ConvertConfig), ("data",), _CONVERT)
+CHAT = Rules(ChatConfig, partial(_known, ChatConfig), ("model",), _CHAT)

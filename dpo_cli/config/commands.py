@@ -1,4 +1,4 @@
-"""The checked configurations of dpo-sample, dpo-eval and dpo-data: names, types, ranges. Defaults: conf/."""
+"""The checked configurations of the commands beside dpo-train: names, types, ranges. Defaults: conf/."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dpo_cli.config.schema import (
     HardwareConfig,
     ModelConfig,
     Name,
+    NotNegative,
     Positive,
     SamplingConfig,
     Section,
@@ -94,6 +95,25 @@ class DataCheckConfig(Config):
 class ConvertConfig(Section):
     out: Name
     data: DataConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        plain: dict[str, Any] = self.model_dump(mode="json")
+        return plain
+
+
+class ChatConfig(Section):
+    prompt: Name | None
+    beside: Name | None
+    system: Name | None
+    chat: bool | None
+    prompt_template: Name | None
+    temperature: NotNegative
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: CountOrNever
+    max_new_tokens: Count
+    seed: Seed
+    device: Literal["auto", "cuda", "cpu"]
+    model: ModelConfig
 
     def as_dict(self) -> dict[str, Any]:
         plain: dict[str, Any] = self.model_dump(mode="json")

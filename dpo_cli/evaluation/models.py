@@ -15,8 +15,7 @@ from dpo_cli.errors import ConfigError, ModelError
 from dpo_cli.paths import resolve_path
 from dpo_cli.policy.load import LoadedModel, load_frozen_start, load_reference
 from dpo_cli.policy.tokenizer import check_same_vocabulary
-
-_FINAL = "final"
+from dpo_cli.train.final import FINAL
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def named_model(settings: ModelConfig) -> NamedModel:
         adapted = f" with the adapter {settings.adapter}" if settings.adapter else ""
         return NamedModel(settings, f"{settings.path}{adapted}", None)
     folder = Path(resolve_path(settings.path)).expanduser()
-    final = folder / _FINAL
+    final = folder / FINAL
     if not final.is_dir():
         raise ModelError(
             "This run has no final model yet.",

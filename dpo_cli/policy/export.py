@@ -47,6 +47,14 @@ def final_state(loaded: LoadedModel, gathered: Gathered = whole_already, *, merg
     return FinalState(merged, adapter_state_dict(loaded.model, gathered))
 
 
+def in_dtype(state: FinalState, dtype: torch.dtype) -> FinalState:
+    """The whole model in another dtype; tied weights stay one tensor. An adapter keeps its own, which is small."""
+    if state.weights is None:
+        return state
+    cast = {id(tensor): tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in state.weights.values()}
+    return FinalState({name: cast[id(tensor)] for name, tensor in state.weights.items()}, state.adapter)
+
+
 def export_final(
     loaded: LoadedModel,
     folder: Path,
@@ -54,12 +62,13 @@ def export_final(
     card: str,
     notes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     state: FinalState | None = None,
+    max_shard_size: str = SHARD_SIZE,
 ) -> None:
     """Write weights, config, tokenizer, generation config and model card to `folder`, which must not exist yet.
 
-    notes: further JSON files to lay beside them, by name. state: what `final_state` gave.
-    Where LoRA is merged, the adapter alone lies in `folder`/adapter; else it is all of `folder`'s weights. Weights keep
-    the dtype they were trained in.
+    notes: further JSON files to lay beside them, by name. state: what `final_state` gave, in the dtype of `loaded`.
+    max_shard_size: of one weight file.
+    Where LoRA is merged, the adapter alone lies in `folder`/adapter; else it is all of `folder`'s weights.
     Everything is written under a temporary name, read back and compared, synced, and only then renamed.
     Raises CheckpointError when the folder exists, cannot be written, or does not read back as it was.
     """
@@ -69,7 +78,7 @@ def export_final(
     temporary = temporary_beside(folder)
     try:
         temporary.mkdir(parents=True)
-        _write(loaded, state, temporary, card)
+        _write(loaded, state, temporary, card, max_shard_size)
         for name, note in notes.items():
             write_json(temporary / name, dict(note))
         _verify(loaded, state, temporary)
@@ -86,12 +95,12 @@ def export_final(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(loaded: LoadedModel, state: FinalState, folder: Path, card: str) -> None:
+def _write(loaded: LoadedModel, state: FinalState, folder: Path, card: str, max_shard_size: str) -> None:
     with quiet_loading():
         # Never model.save_pretrained(folder) alone: with adapters injected it would write their module names.
         # It takes tied weights out of the dictionary it is given.
         if state.weights is not None:
-            loaded.model.save_pretrained(folder, state_dict=dict(state.weights), max_shard_size=SHARD_SIZE)
+            loaded.model.save_pretrained(folder, state_dict=dict(state.weights), max_shard_size=max_shard_size)
             _write_config(loaded, folder / "config.json")
         _save_tokenizer(loaded, folder)
     if loaded.lora is not None and state.adapter is not None:

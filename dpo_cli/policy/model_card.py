@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dpo_cli.config.secrets import looks_secret, mask
+from dpo_cli.policy.citations import bibtex
 
 MASK = "****"
 
@@ -34,15 +35,20 @@ def model_card(
     formula: str,
     config: Mapping[str, Any],
     results: Sequence[Result],
+    notes: Sequence[str] = (),
+    examples: str | None = None,
+    step: int | None = None,
     adapter: str | None = None,
     lora: bool = False,
-    version: str,
+    versions: Mapping[str, str],
 ) -> str:
     """A complete README.md with its YAML header.
 
     base, reference, adapter: as the user named them. data: names or files of the training data.
     loss, formula: its name and one line of mathematics. config: the resolved configuration, printed in full with
-    secrets masked. Paths appear only where the configuration itself has them.
+    secrets masked. notes: sentences below the results. examples: how many there were. step: the optimiser step the
+    weights are of. versions: of what it was made with, by name, dpo-cli among them.
+    Paths appear only where the configuration itself has them. A licence is the user's to state, and none is.
     """
     base, data, reference = mask(base), [mask(entry) for entry in data], mask(reference)
     safe_config = mask_secrets(dict(config))
@@ -67,13 +73,23 @@ def model_card(
         f"- **Base**: `{base}`{adapted}",
         f"- **Reference**: {reference}",
         f"- **Data**: {', '.join(f'`{entry}`' for entry in data)}",
+        *([f"- **Examples**: {examples}"] if examples else []),
         f"- **Loss**: `{loss}`, {formula}",
         f"- **Trained**: {trained}",
-        f"- **Made by**: dpo-cli {version}",
+        *([f"- **Step**: {step:,}"] if step is not None else []),
+        f"- **Made with**: {', '.join(f'{name} {version}' for name, version in versions.items())}",
+        "- **Licence**: not stated here; it follows from those of the base and the data (`license:` in the header)",
         "",
         "## Results on held-out data",
         "",
         *_results_table(results),
+        "",
+        *(line for note in notes for line in (note, "")),
+        "## Citation",
+        "",
+        "```bibtex",
+        bibtex(loss),
+        "```",
         "",
         "## Configuration",
         "",

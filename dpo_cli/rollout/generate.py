@@ -121,6 +121,40 @@ def generate(
     return responses
 
 
+@torch.no_grad()
+def stream_tokens(
+    model: PreTrainedModel, prompt: IntArray, sampling: Sampling, *, stream: int, stop_token_ids: Collection[int]
+) -> Iterator[int]:
+    """The tokens of one response as they are drawn, the stop token included.
+
+    They are those of the first sample that `generate` draws for a prompt of this stream. The model is in evaluation
+    mode.
+    """
+    device = model.device
+    last_only: dict[str, Any] = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
+    cache = Cache(layer_class_to_replicate=_GrowingLayer)
+    key = mix(torch.tensor([stream])).to(device)
+    ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64))[None].to(device)
+    seen = torch.ones_like(ids)
+    positions = torch.arange(ids.shape[1], device=device)[None]
+    for number in range(sampling.max_new_tokens):
+        logits = model(
+            input_ids=ids,
+            attention_mask=seen,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **last_only,
+        ).logits[:, -1]
+        ids = _choose(logits, uniform(key, torch.tensor([number], device=device)), sampling)[None]
+        token = int(ids)
+        yield token
+        if token in stop_token_ids:
+            return
+        seen = torch.cat([seen, seen.new_ones(1, 1)], dim=1)
+        positions = positions[:, -1:] + 1
+
+
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and no gradient; every module's mode is put back afterwards."""

@@ -14,7 +14,7 @@ from dpo_cli.errors import CheckpointError, EndedEarly
 from dpo_cli.policy.export import FinalState, export_final
 from dpo_cli.policy.load import LoadedModel
 from dpo_cli.policy.model_card import Result, model_card
-from dpo_cli.rollout.statistics import Difference
+from dpo_cli.rollout.statistics import Difference, wilson
 from dpo_cli.train.health_watch import HEALTH
 from dpo_cli.train.metrics_log import read_metrics
 from dpo_cli.train.objective import Objective
@@ -68,14 +68,17 @@ def write_final(
     before = _read_note(run_dir)
     if before is not None:
         final.rename(run_dir / f"{FINAL}-step-{before['step']:08d}")
-    card = card_of(config, objective, run_dir=run_dir, difference=difference)
+    card = card_of(config, objective, run_dir=run_dir, step=step, difference=difference)
     note = {"step": step, "length": _length(config), "ended_by": ended_by}
     export_final(policy, final, card=card, state=state, notes={_NOTE: note})
     return final
 
 
-def card_of(config: Config, objective: Objective, *, run_dir: Path, difference: Difference | None) -> str:
-    """What a model of this run is, for its README."""
+def card_of(config: Config, objective: Objective, *, run_dir: Path, step: int, difference: Difference | None) -> str:
+    """What a model of this run is, for its README. step: of the weights; later evaluations are left out."""
+    evaluations = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["split"] == "eval"]
+    evaluations = [row for row in evaluations if row["step"] <= step]
+    data, ran = _read_note_of(run_dir / "data.json"), _read_note_of(run_dir / "run.json")
     return model_card(
         name=run_dir.absolute().name,
         base=config.model.path,
@@ -84,11 +87,47 @@ def card_of(config: Config, objective: Objective, *, run_dir: Path, difference: 
         loss=config.loss.name,
         formula=_first_sentence(objective.loss),
         config=config.as_dict(),
-        results=_held_out_results(run_dir / "metrics.jsonl", difference),
+        results=_held_out_results(evaluations, difference),
+        notes=_ranked_rightly(evaluations, data),
+        examples=_counted(data),
+        step=step,
         adapter=config.model.adapter,
         lora=config.model.lora is not None,
-        version=dpo_cli.__version__,
+        versions={"dpo-cli": dpo_cli.__version__}
+        | {name: ran["environment"][name] for name in ("torch", "transformers") if ran},
     )
+
+
+def _read_note_of(file: Path) -> dict[str, Any]:
+    """What the run wrote there; nothing where it has not."""
+    return dict(json.loads(file.read_bytes())) if file.is_file() else {}
+
+
+def _counted(data: dict[str, Any]) -> str | None:
+    """How many rows there were, and what became of them."""
+    if not data:
+        return None
+    parts = []
+    for split, name in (("train", "training"), ("eval", "held out")):
+        found = data.get(split)
+        if found:
+            rows = sum(source["rows"] for source in found["sources"])
+            dropped = ", ".join(f"{count:,} {reason}" for reason, count in found["dropped"].items())
+            parts.append(f"{found['examples']:,} {name} (of {rows:,} rows{f'; dropped: {dropped}' if dropped else ''})")
+    return f"{', '.join(parts)}; kind: {data['kind']}"
+
+
+def _ranked_rightly(evaluations: list[dict[str, Any]], data: dict[str, Any]) -> list[str]:
+    """The interval of the last accuracy, where every held-out example is one pair that is ranked rightly or not."""
+    accuracy = evaluations[-1].get("rewards/accuracies") if evaluations else None
+    pairs = (data.get("eval") or {}).get("examples")
+    if accuracy is None or not pairs or data.get("kind") != "pair":
+        return []
+    found = wilson(round(accuracy * pairs), pairs)
+    return [
+        f"At step {evaluations[-1]['step']:,} it ranks {found.value:.1%} of {pairs:,} held-out pairs as they were "
+        f"ranked, by implicit reward (95 % interval {found.low:.1%} to {found.high:.1%}, {found.method})."
+    ]
 
 
 def _length(config: Config) -> dict[str, float | None]:
@@ -109,13 +148,12 @@ def _read_note(run_dir: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def _held_out_results(metrics_file: Path, difference: Difference | None) -> list[Result]:
+def _held_out_results(evaluations: list[dict[str, Any]], difference: Difference | None) -> list[Result]:
     """The card's table: task accuracy, and the held-out metrics of the first and the last evaluation."""
     results = []
     if difference is not None:
         interval = (difference.low, difference.high)
         results.append(Result("task accuracy", difference.before_mean, difference.after_mean, interval))
-    evaluations = [row for row in read_metrics(metrics_file) if row["split"] == "eval"]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         names = [name for name in first if name not in ("step", "split", "epoch")]

@@ -1,4 +1,4 @@
-"""dpo-sample, dpo-eval and dpo-data up to the moment at which they import torch: help, configuration, refusals."""
+"""The commands beside dpo-train up to the moment at which they import torch: help, configuration, refusals."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import yaml
 
+from dpo_cli.cli.chat import main as chat_main
 from dpo_cli.cli.data import main as data_main
 from dpo_cli.cli.eval import main as eval_main
 from dpo_cli.cli.sample import main as sample_main
 from dpo_cli.config.check import TRAINING, check_by
-from dpo_cli.config.command_checks import DATA_CHECK, EVAL, SAMPLE
+from dpo_cli.config.command_checks import CHAT, DATA_CHECK, EVAL, SAMPLE
 from dpo_cli.config.compose.composition import Request, compose
 from dpo_cli.config.shipped import COMMAND_GROUPS, CONF_FOLDER, documented_keys
 
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "peft", "tensorboard")
-MAINS = {"sample": sample_main, "eval": eval_main, "data": data_main}
+MAINS = {"sample": sample_main, "eval": eval_main, "data": data_main, "chat": chat_main}
 _ANSWER_AND_LIST_MODULES = """
 import sys
 from dpo_cli.cli.{command} import main
@@ -44,7 +45,7 @@ def files(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["sample", "eval", "data"])
+@pytest.mark.parametrize("command", MAINS)
 @pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--version"], 0), (["sampling.temp=1"], 2)])
 def test_a_quick_answer_imports_nothing_heavy(command: str, words: list[str], code: int) -> None:
     script = _ANSWER_AND_LIST_MODULES.format(command=command, heavy=HEAVY)
@@ -52,7 +53,7 @@ def test_a_quick_answer_imports_nothing_heavy(command: str, words: list[str], co
     assert done.stderr.splitlines()[-1] == str(code)
 
 
-@pytest.mark.parametrize("command", ["sample", "eval"])
+@pytest.mark.parametrize("command", ["sample", "eval", "chat"])
 def test_help_lists_every_key_of_its_file_and_fits_a_terminal(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert MAINS[command](["--help"]) == 0
     text = capsys.readouterr().out
@@ -61,7 +62,7 @@ def test_help_lists_every_key_of_its_file_and_fits_a_terminal(command: str, caps
     assert max(map(len, text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize(("rules", "name"), [(SAMPLE, "sample"), (EVAL, "eval")])
+@pytest.mark.parametrize(("rules", "name"), [(SAMPLE, "sample"), (EVAL, "eval"), (CHAT, "chat")])
 def test_the_schema_and_the_file_know_the_same_keys(rules: Any, name: str) -> None:
     known = {key for key in rules.known_keys({}) if not key.startswith(("model.", "hardware."))}
     documented = {key.name for key in documented_keys(CONF_FOLDER / f"{name}.yaml") if key.name != "sampling"}
@@ -81,13 +82,13 @@ def test_cfg_job_shows_the_configuration_and_makes_nothing(files: Path, capsys: 
     assert sorted(files.iterdir()) == before
 
 
-@pytest.mark.parametrize("command", ["sample", "eval"])
+@pytest.mark.parametrize("command", ["sample", "eval", "chat"])
 def test_ones_own_configuration_file_builds_on_the_shipped_one(
     command: str, files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (files / "conf").mkdir()
     (files / "conf" / "mine.yaml").write_text(f"defaults:\n  - {command}\n  - _self_\nseed: 7\n")
-    words = SAMPLE_WORDS if command == "sample" else EVAL_WORDS
+    words = {"sample": SAMPLE_WORDS, "eval": EVAL_WORDS, "chat": MODEL}[command]
     assert MAINS[command](["--config-dir", "conf", "--config-name", "mine", *words, "--cfg", "job"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["seed"] == 7
 

@@ -133,10 +133,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path: Path, tiny_model: Path) -> Workplace:
-    write_jsonl(tmp_path / "pairs.jsonl", echo_pairs(96))
-    write_jsonl(tmp_path / "heldout.jsonl", echo_pairs(32, seed=1))
+    return made_workplace(tmp_path, tiny_model)
+
+
+def made_workplace(folder: Path, tiny_model: Path) -> Workplace:
+    write_jsonl(folder / "pairs.jsonl", echo_pairs(96))
+    write_jsonl(folder / "heldout.jsonl", echo_pairs(32, seed=1))
     return Workplace(
-        tmp_path,
+        folder,
         [
             "model=local", f"model.path={tiny_model}", "data=local", "data.train=pairs.jsonl",
             "data.eval=heldout.jsonl", "data.max_tokens=64", "data.workers=1", "tokens_per_microbatch=256",

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import yaml
 
+import dpo_cli
+from dpo_cli.config.shipped import CONF_FOLDER, choices
+from dpo_cli.policy.citations import DPO, PAPERS
 from dpo_cli.policy.model_card import Result, mask_secrets, model_card
 
 TOKEN = "hf_" + "a1B2" * 8
@@ -19,7 +25,7 @@ def card(**changes: object) -> str:
         "formula": "-log sigmoid(beta * margin)",
         "config": {"loss": {"beta": 0.1}, "model": {"path": "Qwen/Qwen2-0.5B"}},
         "results": [Result("task accuracy", 0.512, 0.5735, (0.03, 0.09)), Result("rewards/accuracies", 0.5, 0.71)],
-        "version": "0.1.0",
+        "versions": {"dpo-cli": "0.1.0", "torch": "2.13.0"},
     }
     return model_card(**(values | changes))  # type: ignore[arg-type]
 
@@ -73,3 +79,28 @@ def test_secrets_are_blotted_out_wherever_they_stand() -> None:
 def test_masking_leaves_ordinary_values_alone() -> None:
     values = {"max_tokens": 512, "tokens_per_microbatch": 4096, "keys": ["a"], "beta": 0.1, "none": None, "flag": True}
     assert mask_secrets(values) == values
+
+
+def test_dpo_and_the_paper_of_the_loss_are_cited_and_no_licence_is_made_up() -> None:
+    text = card(loss="simpo")
+    assert "eprint = {2305.18290}" in text
+    assert "eprint = {2405.14734}" in text
+    assert "license" not in header(text)
+    assert card().count("@misc") == 1
+
+
+@pytest.mark.parametrize("loss", choices("loss"))
+def test_what_is_cited_is_the_source_that_the_loss_names(loss: str) -> None:
+    target = yaml.safe_load((CONF_FOLDER / "loss" / f"{loss}.yaml").read_text())["_target_"]
+    told = Path(dpo_cli.__file__).parent.joinpath(*target.split(".")[1:-1]).with_suffix(".py").read_text()
+    if loss in PAPERS:
+        assert PAPERS[loss].arxiv in told
+    else:
+        # DPO itself, what it comes with, and our own.
+        assert DPO.arxiv in told
+
+
+def test_examples_step_and_versions_are_stated() -> None:
+    text = card(examples="90 training (of 96 rows; dropped: 6 identical)", step=1200, notes=["It ranks 53 %."])
+    for told in ("90 training (of 96 rows", "**Step**: 1,200", "dpo-cli 0.1.0, torch 2.13.0", "It ranks 53 %."):
+        assert told in text

@@ -15,7 +15,7 @@ from dpo_cli.errors import ConfigError, DpoError
 
 # Keys whose value is text to be taken as it stands: braces, commas and trailing spaces mean nothing to Hydra in them.
 # Escapes such as \n are decoded where the template is used, so that a YAML file may hold them as well.
-VERBATIM_KEYS = frozenset({"data.prompt_template", "eval.task.prompt_template", "prompt_template"})
+VERBATIM_KEYS = frozenset({"data.prompt_template", "eval.task.prompt_template", "prompt_template", "prompt", "system"})
 
 _BARE_WORDS = {
     "help": "--help",
