@@ -1,0 +1,1 @@
+"""Configurations of other trainers, read and told in our keys."""
