@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         description="Print the YAML for dpo-train that says what a configuration of TRL, LLaMA-Factory or axolotl "
-        "says; its head lists what could not be carried over. Exit codes: 0 dpo-train accepts it, 1 it asks for more first, "
+        "says; its head lists what could not be carried over. Exit codes: 0 dpo-train accepts it, 1 it asks for more, "
         "2 the file is none of these.",
     )
     parser.add_argument("file", type=Path, help="what trl dpo --config, llamafactory-cli train or axolotl train reads")

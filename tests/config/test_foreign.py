@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from dpo_cli.cli.convert_config import main
 from dpo_cli.config.check import check
