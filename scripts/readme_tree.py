@@ -16,7 +16,7 @@ SUMMARIES = {
     "dpo_cli/example": "The embedded example: base policy, preference pairs, test problems",
     "dpo_cli/report/pages": "Templates of a page, which escape whatever is put into them, and its style sheet",
     "tests": "Mirror dpo_cli/; tests/end_to_end trains, kills and resumes from the shell",
-    "docs": "Losses and their reductions; the embedded example's numbers",
+    "docs": "From the first run to the design; docs/README.md is the index",
 }
 WIDTH = 24
 

@@ -81,6 +81,7 @@ def test_every_loss_is_one_of_ours() -> None:
         ({"stage": "kto", "kto_chosen_weight": 2}, "loss.desirable_weight", 2.0),
         ({"stage": "dpo", "pref_loss": "simpo", "simpo_gamma": 1.5}, "loss.gamma", 1.5),
         ({"stage": "dpo", "pref_ftx": 0.5}, "loss.nll_alpha", 0.5),
+        ({"stage": "dpo", "disable_gradient_checkpointing": True}, "model.gradient_checkpointing", False),
         ({"loss_type": "sigmoid", "max_steps": 200, "warmup_ratio": 0.1}, "optimizer.warmup_steps", 20),
         ({"loss_type": "sigmoid", "max_grad_norm": 0}, "optimizer.max_grad_norm", None),
         ({"rl": "ipo", "rl_beta": "1e-1"}, "loss.beta", 0.1),

@@ -104,7 +104,9 @@ def convert(settings: Mapping[str, Any], *, gpus: int, folder: Path) -> Conversi
     done = Conversion(dialect)
     if settings.get("stage") == "kto":
         common["loss_type"] = "kto"
-    taken = {"rl", "loss_type", "loss_weights", *LOSS_PARAMETERS}
+    if settings.get("disable_gradient_checkpointing"):
+        common["gradient_checkpointing"] = False
+    taken = {"rl", "loss_type", "loss_weights", "disable_gradient_checkpointing", *LOSS_PARAMETERS}
     taken |= _model(common, done)
     taken |= _data(common, done, folder)
     _loss(common, given, done)
