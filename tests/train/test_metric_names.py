@@ -12,7 +12,7 @@ from dpo_cli.cli.train import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 SMALL = ["max_steps=2", "optimizer.warmup_steps=0", "global_pairs=4", "log_every=1", "eval_every=0", "data.workers=1"]
-TASK = ["eval.task.limit=2", "eval.task.during=2", "eval.task.max_new_tokens=8", "rollout.max_new_tokens=16"]
+TASK = ["eval.task.limit=2", "eval.task.during=2", "eval.task.max_new_tokens=8", "rollout.max_new_tokens=48"]
 EVERY_ROW_ONCE = {"step", "split"}
 # Together they write every name there is.
 DEFAULT_RUNS = [["loss=pdpo", "loss.nll_alpha=1"]]
