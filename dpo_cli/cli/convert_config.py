@@ -38,7 +38,14 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     if arguments.gpus < 1:
         raise ConfigError("There is no run without a GPU or a CPU.", where="--gpus", hint="--gpus 1")
-    done = convert(read_foreign(arguments.file), gpus=arguments.gpus, folder=arguments.file.parent)
+    settings = read_foreign(arguments.file)
+    try:
+        done = convert(settings, gpus=arguments.gpus, folder=arguments.file.parent)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        # The file is another tool's, which alone knows every form that its values may have.
+        raise ConfigError(
+            f"A value in it is not of the kind its key has elsewhere: {error}.", where=str(arguments.file)
+        ) from None
     text = done.text(arguments.file.name)
     if arguments.to is None:
         print(text, end="")

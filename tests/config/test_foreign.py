@@ -95,7 +95,12 @@ def test_single_keys(settings: dict[str, Any], key: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: 1", "no key by which"), ("- a", "no keys and values"), ("a: [", "no YAML")],
+    [
+        ("a: 1", "no key by which"),
+        ("- a", "no keys and values"),
+        ("a: [", "no YAML"),
+        ("loss_type: ipo\nlearning_rate: high", "not of the kind its key has"),
+    ],
 )
 def test_what_is_none_of_them_is_refused(
     text: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]

@@ -96,10 +96,9 @@ def test_lora_is_merged_and_the_adapter_lies_beside_it(tmp_path: Path, name: str
         assert torch.equal(PackedModel(adapted.base_model.model)(ROW).logps, wanted)
 
 
-def test_a_large_model_is_written_in_shards_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_is_written_in_shards_and_verified(tmp_path: Path) -> None:
     loaded = trained(save(tmp_path / "base"))
-    monkeypatch.setattr(export_module, "SHARD_SIZE", "40KB")
-    export_final(loaded, tmp_path / "final", card="")
+    export_final(loaded, tmp_path / "final", card="", max_shard_size="40KB")
     assert len(list((tmp_path / "final").glob("model-*.safetensors"))) > 1
 
 
@@ -148,8 +147,8 @@ def test_one_flipped_byte_on_the_way_to_the_disk_is_noticed_and_nothing_is_left(
     loaded = trained(save(tmp_path / "base"))
     write = export_module._write
 
-    def write_and_damage(loaded: LoadedModel, state: FinalState, folder: Path, card: str) -> None:
-        write(loaded, state, folder, card)
+    def write_and_damage(loaded: LoadedModel, state: FinalState, folder: Path, card: str, max_shard_size: str) -> None:
+        write(loaded, state, folder, card, max_shard_size)
         file = folder / "model.safetensors"
         content = bytearray(file.read_bytes())
         content[-5] ^= 1

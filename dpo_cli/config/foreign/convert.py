@@ -212,7 +212,7 @@ def _registered(names: Any, common: Mapping[str, Any], done: Conversion, folder:
     for name in listed:
         entry = known.get(name, {})
         if "file_name" in entry:
-            found.append(str(registry.with_name(entry["file_name"])))
+            found.append(str(registry.parent / entry["file_name"]))
         elif "hf_hub_url" in entry:
             found.append(entry["hf_hub_url"])
         else:
