@@ -14,6 +14,7 @@ import torch
 from dpo_cli.config.command_checks import BESIDE_REFERENCE
 from dpo_cli.config.commands import ChatConfig, run_settings_file
 from dpo_cli.config.schema import Config
+from dpo_cli.data.example import IntArray
 from dpo_cli.data.rows import BadRow, Messages, Prompt
 from dpo_cli.data.templates import fill_template, template_fields
 from dpo_cli.engine.backend import Backend, Replicated
@@ -27,6 +28,7 @@ from dpo_cli.evaluation.models import (
     read_run,
     reference_of,
 )
+from dpo_cli.inspection.show import visible
 from dpo_cli.policy.load import LoadedModel
 from dpo_cli.rollout.answers import positions_of
 from dpo_cli.rollout.generate import Sampling, stream_tokens
@@ -107,9 +109,11 @@ class Speaker:
         finally:
             self._said = [*said, {"role": "assistant", "content": text}]
         if not ids or ids[-1] not in self._encoder.stop_token_ids:
-            notice(f"(cut after {longest:,} tokens: {'max_new_tokens' if longest < room else 'the model has no more'})")
+            notice(
+                f"(cut after {longest:,} tokens: {'max_new_tokens' if self._sampling.max_new_tokens <= room else 'the model has no more'})"
+            )
 
-    def _prompt(self, said: Prompt) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    def _prompt(self, said: Prompt) -> IntArray:
         try:
             if isinstance(said, str) and self._template is not None:
                 said = fill_template(self._template, {template_fields(self._template)[0]: said})
@@ -234,7 +238,7 @@ def _answer(speakers: dict[str, Speaker], question: str, *, stoppable: bool = Fa
             print(f"[{name}]")
         try:
             for piece in speaker.reply(question, notice=_notice):
-                print(piece, end="", flush=True)
+                print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         except KeyboardInterrupt:
             if not stoppable:
                 raise

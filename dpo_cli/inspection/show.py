@@ -204,11 +204,11 @@ def _pieces(
         for (is_special, is_weighted), group in groupby(half, key=lambda each: (each[0] in special, each[1])):
             known += [token for token, _ in group]
             longer = str(tokenizer.decode(known))
-            yield _visible(longer[len(text) :]), is_special, is_weighted
+            yield visible(longer[len(text) :]), is_special, is_weighted
             text = longer
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Control characters but line breaks and tabs in words: data do not steer a terminal."""
     return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 

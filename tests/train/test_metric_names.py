@@ -12,6 +12,7 @@ from dpo_cli.cli.train import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 SMALL = ["max_steps=2", "optimizer.warmup_steps=0", "global_pairs=4", "log_every=1", "eval_every=0", "data.workers=1"]
+FEW = ["data.train=dpo_cli://example/heldout.jsonl", "data.eval=null", "data.eval_fraction=0.1"]
 TASK = ["eval.task.limit=2", "eval.task.during=2", "eval.task.max_new_tokens=8", "rollout.max_new_tokens=48"]
 EVERY_ROW_ONCE = {"step", "split"}
 # Together they write every name there is.
@@ -35,7 +36,9 @@ def documented() -> set[str]:
 def written(words: list[str], folder: Path, number: int) -> set[str]:
     run = folder / str(number)
     problems = "eval.task.problems=dpo_cli://example/problems.jsonl"
-    code = main(["model=tiny", *words, *SMALL, *TASK, problems, f"run_dir={run}", f"store_dir={folder / 'store'}"])
+    code = main(
+        ["model=tiny", *words, *SMALL, *FEW, *TASK, problems, f"run_dir={run}", f"store_dir={folder / 'store'}"]
+    )
     assert code == 0, words
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {name for row in rows for name in row} - EVERY_ROW_ONCE
