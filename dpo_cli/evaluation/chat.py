@@ -109,9 +109,8 @@ class Speaker:
         finally:
             self._said = [*said, {"role": "assistant", "content": text}]
         if not ids or ids[-1] not in self._encoder.stop_token_ids:
-            notice(
-                f"(cut after {longest:,} tokens: {'max_new_tokens' if self._sampling.max_new_tokens <= room else 'the model has no more'})"
-            )
+            limit = "max_new_tokens" if self._sampling.max_new_tokens <= room else "the model's positions end there"
+            notice(f"(cut after {longest:,} tokens: {limit})")
 
     def _prompt(self, said: Prompt) -> IntArray:
         try:

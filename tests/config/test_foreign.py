@@ -85,6 +85,8 @@ def test_every_loss_is_one_of_ours() -> None:
         ({"loss_type": "sigmoid", "max_steps": 200, "warmup_ratio": 0.1}, "optimizer.warmup_steps", 20),
         ({"loss_type": "sigmoid", "max_grad_norm": 0}, "optimizer.max_grad_norm", None),
         ({"rl": "ipo", "rl_beta": "1e-1"}, "loss.beta", 0.1),
+        ({"rl": "simpo"}, "loss.nll_alpha", 1.0),
+        ({"loss_type": "robust"}, "loss.label_smoothing", 0.0),
         ({"rl": "dpo", "deepspeed": {"zero_optimization": {"stage": 3}}}, "choice", "deepspeed_zero3"),
     ],
 )

@@ -11,14 +11,7 @@ from typing import Any
 
 import yaml
 
-from dpo_cli.config.foreign.dialects import (
-    DIALECTS,
-    LEFT_OUT,
-    LOSS_PARAMETERS,
-    LOSSES,
-    NEEDLESS,
-    Dialect,
-)
+from dpo_cli.config.foreign.dialects import AXOLOTL, DIALECTS, LEFT_OUT, LOSS_PARAMETERS, LOSSES, NEEDLESS, Dialect
 from dpo_cli.config.shipped import CONF_FOLDER
 from dpo_cli.errors import ConfigError
 
@@ -227,6 +220,11 @@ def _loss(common: Mapping[str, Any], given: Mapping[str, Any], done: Conversion)
     for kind in unknown:
         done.left.append(f"loss {kind}: there is no such loss here; docs/losses.md lists those there are")
     kinds = [kind for kind in kinds if kind in LOSSES] or ["sigmoid"]
+    if kinds == ["robust"]:
+        common = {"label_smoothing": 0.0, **common}
+    if kinds == ["simpo"] and done.dialect is AXOLOTL:
+        # Its trainer is TRL's CPOTrainer, which imitates as well unless told otherwise.
+        common = {"simpo_gamma": 0.5, "nll_alpha": 1.0, **common}
     choice, fixed = LOSSES[kinds[0]] if len(kinds) == 1 else ("mix", {})
     done.choices["loss"] = choice
     parameters = yaml.safe_load((CONF_FOLDER / "loss" / f"{choice}.yaml").read_text(encoding="utf-8"))
