@@ -78,7 +78,7 @@ def card_of(config: Config, objective: Objective, *, run_dir: Path, step: int, d
     """What a model of this run is, for its README. step: of the weights; later evaluations are left out."""
     evaluations = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["split"] == "eval"]
     evaluations = [row for row in evaluations if row["step"] <= step]
-    data, ran = _read_note_of(run_dir / "data.json"), _read_note_of(run_dir / "run.json")
+    data, ran = _json_of(run_dir / "data.json"), _json_of(run_dir / "run.json")
     return model_card(
         name=run_dir.absolute().name,
         base=config.model.path,
@@ -98,7 +98,7 @@ def card_of(config: Config, objective: Objective, *, run_dir: Path, step: int, d
     )
 
 
-def _read_note_of(file: Path) -> dict[str, Any]:
+def _json_of(file: Path) -> dict[str, Any]:
     """What the run wrote there; nothing where it has not."""
     return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
