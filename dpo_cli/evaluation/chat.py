@@ -211,23 +211,26 @@ def _converse(speakers: dict[str, Speaker]) -> None:
     _tell(_KEYS)
     while True:
         try:
-            question = input("> ")
+            _turn(speakers, input("> "))
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             _tell(f"\n{_KEYS}")
-            continue
-        if question.strip() == _RESET:
-            for speaker in speakers.values():
-                speaker.reset()
-        elif question.strip() == _HELP:
-            _tell(_KEYS)
-        elif question.strip():
-            try:
-                _answer(speakers, question, stoppable=True)
-            except DataError as error:
-                _tell(str(error))
+
+
+def _turn(speakers: dict[str, Speaker], typed: str) -> None:
+    """Do what one line asks for; what is wrong with a question is told."""
+    if typed.strip() == _RESET:
+        for speaker in speakers.values():
+            speaker.reset()
+    elif typed.strip() == _HELP:
+        _tell(_KEYS)
+    elif typed.strip():
+        try:
+            _answer(speakers, typed, stoppable=True)
+        except DataError as error:
+            _tell(str(error))
 
 
 def _answer(speakers: dict[str, Speaker], question: str, *, stoppable: bool = False) -> None:
