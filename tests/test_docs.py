@@ -40,7 +40,7 @@ NOT_EXECUTED = {
     "--push": "would send a model to the hub; tests/end_to_end/test_export.py goes as far as its refusal",
 }
 # Commands of other programs, which are there or not: nothing of ours to check.
-NOT_OURS = ("export ", "hf auth login", "cat ")
+NOT_OURS = ("export ", "eval ", "hf auth login", "cat ")
 MAINS = {
     "dpo-train": train.main,
     "dpo-sample": sample.main,
