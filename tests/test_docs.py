@@ -129,7 +129,9 @@ def _check(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     if command.line.startswith(NOT_OURS) and "| dpo-" not in command.line:
         return
     if "|" in words:
-        _check(Command(command.page, command.line.partition("|")[2]), capsys)
+        ours = [part.strip() for part in command.line.partition(" #")[0].split("|") if part.strip().startswith("dpo-")]
+        for part in ours:
+            _check(Command(command.page, part), capsys)
     elif name in MAINS:
         refused = "# refused" in command.line
         assert _configures(name, words, capsys) != refused, command
@@ -155,7 +157,7 @@ def _check(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _configures(name: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> bool:
-    if "--help" in words or "--version" in words:
+    if {"--help", "--version", "--completion"} & set(words):
         return MAINS[name](words) == 0
     if "-m" in words:
         arguments = parse_arguments(words)
