@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
-from dpo_cli.cli import chat, convert_config, data, export, sample, train
+from dpo_cli.cli import chat, convert_config, data, export, report, sample, train
 from dpo_cli.cli import eval as evaluate
 from dpo_cli.cli.arguments import parse_arguments
 from dpo_cli.cli.run_folder import create_run_folder
@@ -41,6 +41,8 @@ NOT_EXECUTED = {
 }
 # Commands of other programs, which are there or not: nothing of ours to check.
 NOT_OURS = ("export ", "eval ", "hf auth login", "cat ")
+# Ours, and beyond what can be checked here, and why.
+UNCHECKED = {"resume=outputs/seeds": "goes on with a sweep, which the command before it would have to run"}
 MAINS = {
     "dpo-train": train.main,
     "dpo-sample": sample.main,
@@ -128,6 +130,8 @@ def _check(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     name, *words = command.words
     if command.line.startswith(NOT_OURS) and "| dpo-" not in command.line:
         return
+    if any(part in command.line for part in UNCHECKED):
+        return
     if "|" in words:
         ours = [part.strip() for part in command.line.partition(" #")[0].split("|") if part.strip().startswith("dpo-")]
         for part in ours:
@@ -135,6 +139,8 @@ def _check(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     elif name in MAINS:
         refused = "# refused" in command.line
         assert _configures(name, words, capsys) != refused, command
+    elif name == "dpo-report":
+        report._read(words)
     elif name == "dpo-export":
         export._parser().parse_args(words)
     elif name == "dpo-convert-config":
@@ -172,6 +178,8 @@ def _configures(name: str, words: list[str], capsys: pytest.CaptureFixture[str])
     code = MAINS[name]([*shown, "--cfg", "job"])
     said = capsys.readouterr().err
     assert code in (0, 2), said
+    if "which is not installed" in said:  # an extra: the configuration was read as far as there
+        return True
     assert code == 0 or "did you mean" in said, f"{name} {words}: {said}"
     return code == 0
 
