@@ -42,7 +42,10 @@ NOT_EXECUTED = {
 # Commands of other programs, which are there or not: nothing of ours to check.
 NOT_OURS = ("export ", "eval ", "hf auth login", "cat ")
 # Ours, and beyond what can be checked here, and why.
-UNCHECKED = {"resume=outputs/seeds": "goes on with a sweep, which the command before it would have to run"}
+UNCHECKED = {
+    "resume=outputs/seeds": "goes on with a sweep, which the command before it would have to run",
+    "interval(": "its values are drawn while the sweep goes on",
+}
 MAINS = {
     "dpo-train": train.main,
     "dpo-sample": sample.main,
@@ -60,7 +63,11 @@ class Command(NamedTuple):
     @property
     def words(self) -> list[str]:
         # An ellipsis stands for what a reader would add.
-        return [word for word in shlex.split(self.line, comments=True) if word != "..."]
+        words = [word for word in shlex.split(self.line, comments=True) if word != "..."]
+        # Variables set for this command alone come before its name.
+        while re.match(r"[A-Z_]+=", words[0]):
+            words.pop(0)
+        return words
 
 
 def blocks(page: Path, language: str) -> Iterator[str]:
