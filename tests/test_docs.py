@@ -43,6 +43,7 @@ NOT_EXECUTED = {
 NOT_OURS = ("export ", "eval ", "hf auth login", "cat ")
 # Ours, and beyond what can be checked here, and why.
 UNCHECKED = {
+    "_sweep sweep.": "goes on with a sweep as well",
     "resume=outputs/seeds": "goes on with a sweep, which the command before it would have to run",
     "interval(": "its values are drawn while the sweep goes on",
 }
@@ -65,7 +66,7 @@ class Command(NamedTuple):
         # An ellipsis stands for what a reader would add.
         words = [word for word in shlex.split(self.line, comments=True) if word != "..."]
         # Variables set for this command alone come before its name.
-        while re.match(r"[A-Z_]+=", words[0]):
+        while words and re.match(r"[A-Z_]+=", words[0]):
             words.pop(0)
         return words
 
