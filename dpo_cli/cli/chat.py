@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dpo_cli.cli.answers import installed_version
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.cli.command import OPTIONS
-from dpo_cli.cli.train import exit_code_of, installed_version, show_settings
+from dpo_cli.cli.train import exit_code_of, show_settings
 from dpo_cli.errors import ConfigError
 
 if TYPE_CHECKING:
