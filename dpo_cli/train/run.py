@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from dpo_cli.atomic import write_json
-from dpo_cli.batch.order import examples_shown, global_batch
+from dpo_cli.batch.order import global_batch
 from dpo_cli.config.schema import Config
-from dpo_cli.data.example import Examples
-from dpo_cli.engine.backend import Backend
 from dpo_cli.engine.interface import whole_shape
 from dpo_cli.engine.ranks import Ranks, SoleRank
 from dpo_cli.errors import CheckpointError, Interrupted, OutOfMemory, StoreError
@@ -27,13 +21,14 @@ from dpo_cli.forecast.machine import Machine
 from dpo_cli.forecast.plan import Plan, plan_or_nothing
 from dpo_cli.forecast.report import summary as forecast_summary
 from dpo_cli.policy.export import final_state
-from dpo_cli.policy.load import LoadedModel, load_model, load_reference
+from dpo_cli.policy.load import LoadedModel, load_model
 from dpo_cli.policy.self_test import packed_self_test
 from dpo_cli.reference.identity import identity_of
 from dpo_cli.reference.spot_check import largest_rounding
 from dpo_cli.reference.store import ReferenceStore, open_store
 from dpo_cli.tracking.trackers import Trackers
 from dpo_cli.train.batch_loss import BatchLoss
+from dpo_cli.train.beginning import compare_with_beginning
 from dpo_cli.train.checkpoint import CheckpointStore
 from dpo_cli.train.console import RunConsole
 from dpo_cli.train.device import choose_device, describe, environment, make_repeatable, memory_of
@@ -46,25 +41,14 @@ from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.moving_reference import MovingReference, check_moving_reference
 from dpo_cli.train.moving_reference import describe as describe_moving
 from dpo_cli.train.objective import Objective
-from dpo_cli.train.on_policy import fitting_truths, make_generator, truths_shown
-from dpo_cli.train.parts import backend_of, build_loss, loop_settings, optimizer_settings, reference_name, schedule_of
-from dpo_cli.train.reference_pass import ReferencePass, release_memory
+from dpo_cli.train.on_policy import fitting_truths, make_generator
+from dpo_cli.train.parts import backend_of, build_loss, loop_settings, optimizer_settings, schedule_of
+from dpo_cli.train.references import Scorer
 from dpo_cli.train.results import final_results
 from dpo_cli.train.run_data import RunData, run_data
 from dpo_cli.train.stop import StopRequest
 from dpo_cli.train.task_eval import TaskEvaluation
 from dpo_cli.train.throughput import Utilisation, typical_batch
-
-MANIFEST = "run.json"
-
-
-@dataclass(frozen=True)
-class References:
-    """Train and held-out data and the generator's ground truths, each with what the reference says of it."""
-
-    train: PreferenceData
-    held_out: PreferenceData | None
-    truths: PreferenceData | None
 
 
 def run_training(
@@ -135,12 +119,13 @@ class _Run:
         if config.optimizer.warmup_steps >= settings.total_steps:
             say(f"note: all {settings.total_steps} steps warm up; optimizer.lr itself is never reached")
 
-        references = self._references_of_another_model(data, truths, policy, objective, settings, backend)
+        scorer = Scorer(config, self.run_dir, self.console, self.stop, self.ranks, data, truths, settings)
+        references = scorer.by_another_model(policy, objective, backend)
         engine = backend.training(packed, policy.model, optimizer_settings(config.optimizer), policy.dtype)
         tested = packed_self_test(packed, vocabulary=len(policy.tokenizer), where=str(policy.folder))
         say(f"self-test: packed and plain forward agree to {tested.largest_difference:.0e} nats a token")
         if references is None:
-            references = self._references(data, truths, engine.model, policy.dtype_name, store, settings)
+            references = scorer.by(engine.model, policy.dtype_name, store)
         task = self._task(data, policy)
         if task is not None:
             task.before(engine, self.console)
@@ -242,104 +227,15 @@ class _Run:
                 f"{int(data.train.sizes.max()):,}; each of them goes through the model alone"
             )
 
-    @property
-    def _store_dir(self) -> Path:
-        return Path(self.config.store_dir).expanduser()
-
     def _check_unchanged(self, data: RunData, policy: LoadedModel, device: torch.device) -> ReferenceStore:
         """Note what the run's numbers depend on; on resuming, compare. Returns the store of the policy as it starts."""
-        identity = identity_of(policy, store_dir=self._store_dir, ranks=self.ranks)
+        store_dir = Path(self.config.store_dir).expanduser()
+        identity = identity_of(policy, store_dir=store_dir, ranks=self.ranks)
         if self.ranks.is_main:
             here = environment(device) | {"attention": policy.attention.name}
-            self._compare_with_beginning({"data": data.digest, "model": identity.experiment_key, "environment": here})
-        return open_store(self._store_dir, identity)
-
-    def _compare_with_beginning(self, here: dict[str, Any]) -> None:
-        file = self.run_dir / MANIFEST
-        if not file.exists():
-            write_json(file, here)
-            return
-        began = json.loads(file.read_text())
-        for part, hint in (("data", "put the data back as they were"), ("model", "put the model back as it was")):
-            if began[part] != here[part]:
-                raise CheckpointError(
-                    f"The {part} is not what this run began with.", where=str(file), hint=f"{hint}, or start a new run"
-                )
-        for name, old in began["environment"].items():
-            now = here["environment"].get(name)
-            if now != old:
-                self.console.say(f"note: {name} was {old} and is {now} now; the last bits of the results may differ")
-
-    def _references_of_another_model(
-        self,
-        data: RunData,
-        truths: Examples | None,
-        policy: LoadedModel,
-        objective: Objective,
-        settings: LoopSettings,
-        backend: Backend,
-    ) -> References | None:
-        """Score with the reference where it is not the policy as it starts, and give its memory back."""
-        if not objective.declaration.needs_reference:
-            return References(_unreferenced(data.train), None if data.eval is None else _unreferenced(data.eval), None)
-        self.console.say(f"reference model: {reference_name(self.config)}")
-        reference = load_reference(
-            self.config.model,
-            policy,
-            device=backend.device,
-            max_tokens=self.config.data.max_tokens,
-            reading=backend.reading,
-        )
-        if reference is None:
-            return None
-        identity = identity_of(reference, store_dir=self._store_dir, ranks=self.ranks)
-        store = open_store(self._store_dir, identity)
-        with backend.scoring(reference.packed(), reference.dtype) as packed:
-            found = self._references(data, truths, packed, reference.dtype_name, store, settings)
-        del packed, reference
-        release_memory()
-        return found
-
-    def _references(
-        self,
-        data: RunData,
-        truths: Examples | None,
-        packed: nn.Module,
-        dtype_name: str,
-        store: ReferenceStore,
-        settings: LoopSettings,
-    ) -> References:
-        scoring = ReferencePass(
-            packed=packed,
-            dtype_name=dtype_name,
-            store=store,
-            run_dir=self.run_dir,
-            tokens_per_batch=settings.tokens_per_microbatch,
-            seed=settings.seed,
-            console=self.console,
-            stop=self.stop,
-            ranks=self.ranks,
-        )
-        shown = examples_shown(
-            min(settings.total_steps, self.config.model.reference_sync_steps or settings.total_steps),
-            seed=settings.seed,
-            examples=len(data.train),
-            global_pairs=settings.global_pairs,
-        )
-
-        def scored(examples: Examples | None, split: str, indices: NDArray[np.int64] | None) -> PreferenceData | None:
-            if examples is None:
-                return None
-            wanted = np.arange(len(examples)) if indices is None else indices
-            return PreferenceData(examples, scoring.sums(examples, split, wanted))
-
-        return References(
-            train=PreferenceData(data.train, scoring.sums(data.train, "train", shown)),
-            held_out=scored(data.eval, "eval", None),
-            truths=scored(
-                truths, "generator", None if truths is None else truths_shown(self.config, truths, settings.total_steps)
-            ),
-        )
+            beginning = {"data": data.digest, "model": identity.experiment_key, "environment": here}
+            compare_with_beginning(self.run_dir, beginning, say=self.console.say)
+        return open_store(store_dir, identity)
 
     def _moving(
         self, start: PreferenceData, policy: nn.Module, settings: LoopSettings, device: torch.device
@@ -417,10 +313,6 @@ class _Run:
                 where=str(self.run_dir),
                 hint="if log-probs came with the data, name the model they are from in model.reference",
             )
-
-
-def _unreferenced(examples: Examples) -> PreferenceData:
-    return PreferenceData(examples, None)
 
 
 def _parameter_count(model: torch.nn.Module) -> str:
