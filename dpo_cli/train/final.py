@@ -10,6 +10,7 @@ from typing import Any
 
 import dpo_cli
 from dpo_cli.config.schema import Config
+from dpo_cli.data.reasons import REASONS
 from dpo_cli.errors import CheckpointError, EndedEarly
 from dpo_cli.policy.export import FinalState, export_final
 from dpo_cli.policy.load import LoadedModel
@@ -110,10 +111,16 @@ def _counted(data: dict[str, Any]) -> str | None:
     parts = []
     for split, name in (("train", "training"), ("eval", "held out")):
         found = data.get(split)
-        if found:
-            rows = sum(source["rows"] for source in found["sources"])
-            dropped = ", ".join(f"{count:,} {reason}" for reason, count in found["dropped"].items())
-            parts.append(f"{found['examples']:,} {name} (of {rows:,} rows{f'; dropped: {dropped}' if dropped else ''})")
+        if not found:
+            continue
+        dropped = (
+            f"{count['rows']:,} {REASONS[reason].format(max_tokens=data['max_tokens'])}"
+            for reason, count in found["dropped"].items()
+        )
+        # What is held out of the training data has no rows of its own.
+        told = [f"of {sum(source['rows'] for source in found['sources']):,} rows"] if found["sources"] else []
+        told += [f"dropped: {', '.join(dropped)}"] if found["dropped"] else []
+        parts.append(f"{found['examples']:,} {name}" + (f" ({'; '.join(told)})" if told else ""))
     return f"{', '.join(parts)}; kind: {data['kind']}"
 
 

@@ -17,6 +17,16 @@ from .conftest import Workplace, assert_same_weights, echo_pairs, write_jsonl
 LN2 = math.log(2)
 
 
+def test_the_card_counts_what_was_dropped_and_what_was_held_out(workplace: Workplace) -> None:
+    rows = [*echo_pairs(24), {"prompt": "echo : w1", "chosen": " w1" * 60, "rejected": " w2"}]
+    write_jsonl(workplace.folder / "dropped.jsonl", rows)
+    words = ["data.train=dropped.jsonl", "data.eval=null", "data.eval_fraction=0.25", "data.max_tokens=32"]
+    done = workplace.train(*words, "run_dir=run", "max_steps=1", "eval_every=0", "save_every=0")
+    assert done.returncode == 0, done.stderr
+    card = (workplace.folder / "run" / "final" / "README.md").read_text()
+    assert "19 training (of 25 rows; dropped: 1 longer than 32 tokens), 5 held out; kind: pair" in card
+
+
 def test_one_command_makes_a_trained_model_and_says_what_it_gained(workplace: Workplace) -> None:
     done = workplace.train("run_dir=run", "max_steps=40", "eval_every=20", "save_every=20")
     assert done.returncode == 0, done.stderr
