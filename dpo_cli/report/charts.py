@@ -117,4 +117,6 @@ CHARTS = (
         "perf/tokens_per_second",
         INK,
     ),
+    one("memory", "Memory", "In GiB: the most on a GPU so far, or what the process takes.", "perf/memory_gib", INK),
+    one("utilisation", "MFU", "In % of the GPU's stated peak.", "perf/mfu_pct", INK),
 )

@@ -15,6 +15,7 @@ SMALL = ["max_steps=2", "optimizer.warmup_steps=0", "global_pairs=4", "log_every
 FEW = ["data.train=dpo_cli://example/heldout.jsonl", "data.eval=null", "data.eval_fraction=0.1"]
 TASK = ["eval.task.limit=2", "eval.task.during=2", "eval.task.max_new_tokens=8", "rollout.max_new_tokens=48"]
 EVERY_ROW_ONCE = {"step", "split"}
+ON_KNOWN_GPUS = {"perf/mfu_pct"}
 # Together they write every name there is.
 DEFAULT_RUNS = [["loss=pdpo", "loss.nll_alpha=1"]]
 OTHER_RUNS = [
@@ -54,4 +55,4 @@ def test_what_a_run_writes_is_explained(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_is_explained_is_what_runs_write(tmp_path: Path) -> None:
     names = [written(words, tmp_path, number) for number, words in enumerate([*DEFAULT_RUNS, *OTHER_RUNS])]
-    assert set.union(*names) == documented()
+    assert set.union(*names) == documented() - ON_KNOWN_GPUS
