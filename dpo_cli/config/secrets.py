@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 _TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b")
-# name:password@ in a URL.
-_URL_PASSWORD = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-_SECRET_KEY = re.compile(r"(?:^|[._])(?:api_?key|password|secret|hf_token|access_token|auth_token)$", re.IGNORECASE)
+# name:password@ in a URL, or :password@.
+_URL_PASSWORD = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
+_SECRET_KEY = re.compile(r"(?:^|[._])(?:api_?key|password|secret|(?:hf|hub|access|auth)_token)$", re.IGNORECASE)
 _MASK = "****"
 
 

@@ -69,6 +69,14 @@ def test_axolotl(folder: Path) -> None:
         assert left in text.partition("defaults:")[0]
 
 
+def test_tokens_are_not_carried_into_the_head() -> None:
+    token = "hf_" + "a" * 34
+    settings = {"loss_type": "ipo", "hub_token": token, "hub": {"api_key": "abc"}, "url": f"https://x:{token}@host"}
+    text = convert(settings, gpus=1, folder=Path()).text("x.yaml")
+    assert 'hub_token="****": hf auth login' in text
+    assert token[:20] not in text and "abc" not in text
+
+
 def test_every_loss_is_one_of_ours() -> None:
     for kind in LOSSES:
         done = convert({"model_name_or_path": "a/b", "dataset_name": "c/d", "loss_type": kind}, gpus=1, folder=Path())

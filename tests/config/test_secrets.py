@@ -13,7 +13,15 @@ TOKEN = "hf_" + "aB3" * 10
 
 
 @pytest.mark.parametrize(
-    "word", [f"x={TOKEN}", f"url=https://user:{TOKEN}@host/x", "logger.wandb.api_key=abcdef", "a=sk-" + "x" * 30]
+    "word",
+    [
+        f"x={TOKEN}",
+        f"url=https://user:{TOKEN}@host/x",
+        "storage=redis://:abcdef@host/0",
+        "logger.wandb.api_key=abcdef",
+        "hub_token=abcdef",
+        "a=sk-" + "x" * 30,
+    ],
 )
 def test_tokens_are_blotted_out(word: str) -> None:
     masked = mask(word)

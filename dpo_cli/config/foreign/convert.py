@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dpo_cli.config.foreign.dialects import AXOLOTL, DIALECTS, LEFT_OUT, LOSS_PARAMETERS, LOSSES, NEEDLESS, Dialect
+from dpo_cli.config.secrets import without_secrets
 from dpo_cli.config.shipped import CONF_FOLDER
 from dpo_cli.errors import ConfigError
 
@@ -117,7 +118,9 @@ def convert(settings: Mapping[str, Any], *, gpus: int, folder: Path) -> Conversi
         done.values["tokens_per_microbatch"] = done.values["data.max_tokens"]
     for key in sorted(given.keys() - taken - NEEDLESS):
         if given[key] is not False and given[key] != 0:
-            done.left.append(f"{key}={_short(given[key])}: {LEFT_OUT.get(key, 'there is no such key here')}")
+            # Such files hold tokens now and then, as hub_token.
+            told = _short(without_secrets({key: given[key]})[key])
+            done.left.append(f"{key}={told}: {LEFT_OUT.get(key, 'there is no such key here')}")
     return done
 
 
