@@ -9,10 +9,8 @@ from typing import Any
 
 import yaml
 
-from dpo_cli.config.secrets import looks_secret, mask
+from dpo_cli.config.secrets import mask, without_secrets
 from dpo_cli.policy.citations import bibtex
-
-MASK = "****"
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def model_card(
     Paths appear only where the configuration itself has them. A licence is the user's to state, and none is.
     """
     base, data, reference = mask(base), [mask(entry) for entry in data], mask(reference)
-    safe_config = mask_secrets(dict(config))
+    safe_config = without_secrets(config)
     header = {
         **({"base_model": base} if _is_hub_name(base) else {}),
         "library_name": "transformers",
@@ -113,18 +111,6 @@ def _results_table(results: Sequence[Result]) -> list[str]:
             change += f" (95 % interval {result.interval[0]:+.4g} to {result.interval[1]:+.4g})"
         rows.append(f"| {result.name} | {result.before:.4g} | {result.after:.4g} | {change} |")
     return rows
-
-
-def mask_secrets(value: Any, key: str = "") -> Any:
-    """The same structure with every secret blotted out: by the name of its key, or by what the value looks like."""
-    if isinstance(value, Mapping):
-        return {name: mask_secrets(entry, str(name)) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [mask_secrets(entry, key) for entry in value]
-    if not isinstance(value, str):
-        return value
-    masked = mask(value)
-    return MASK if masked == value and looks_secret(key, value) else masked
 
 
 def _is_hub_name(name: str) -> bool:

@@ -10,13 +10,12 @@ from typing import Any
 
 import yaml
 
-from dpo_cli.config.secrets import looks_secret, mask, mask_tokens
+from dpo_cli.config.secrets import mask, without_secrets
 from dpo_cli.health.curves import Setup
 from dpo_cli.health.monitor import Monitor
 from dpo_cli.report.pairs import HeldOutPairs
 
 Row = dict[str, Any]
-_HIDDEN = "****"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class RunRecord:
 def read_run(folder: Path) -> RunRecord:
     """Never raises for what the folder holds or lacks."""
     missing: list[str] = []
-    settings = _without_secrets(_read_yaml(folder / "config.yaml", missing))
+    settings = without_secrets(_read_yaml(folder / "config.yaml", missing))
     request = _read_yaml(folder / "overrides.yaml", missing)
     request["overrides"] = [mask(str(word)) for word in request.get("overrides") or []]
     rows = [row for row in _read_lines(folder / "metrics.jsonl", missing) if "split" in row]
@@ -177,20 +176,6 @@ def _read_yaml(file: Path, missing: list[str]) -> Row:
         missing.append(f"{file.name} cannot be read.")
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _without_secrets(settings: Row) -> Row:
-    return {key: _masked(key, value) for key, value in settings.items()}
-
-
-def _masked(key: str, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _masked(str(name), inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_masked(key, inner) for inner in value]
-    if isinstance(value, str):
-        return _HIDDEN if looks_secret(key, value) and mask_tokens(value) == value else mask_tokens(value)
-    return value
 
 
 def numbers(rows: Sequence[Row], name: str) -> Iterator[tuple[int, float]]:

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 import dpo_cli
+from dpo_cli.config.secrets import without_secrets
 from dpo_cli.config.shipped import CONF_FOLDER, choices
 from dpo_cli.policy.citations import DPO, PAPERS
-from dpo_cli.policy.model_card import Result, mask_secrets, model_card
+from dpo_cli.policy.model_card import Result, model_card
 
 TOKEN = "hf_" + "a1B2" * 8
 
@@ -78,7 +79,7 @@ def test_secrets_are_blotted_out_wherever_they_stand() -> None:
 
 def test_masking_leaves_ordinary_values_alone() -> None:
     values = {"max_tokens": 512, "tokens_per_microbatch": 4096, "keys": ["a"], "beta": 0.1, "none": None, "flag": True}
-    assert mask_secrets(values) == values
+    assert without_secrets(values) == values
 
 
 def test_dpo_and_the_paper_of_the_loss_are_cited_and_no_licence_is_made_up() -> None:
