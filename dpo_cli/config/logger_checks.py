@@ -26,6 +26,16 @@ def library_is_installed(library: str, values: Values) -> ConfigError | None:
     )
 
 
+def table_is_a_file_of_its_own(values: Values) -> ConfigError | None:
+    """It is written anew again and again, and nothing that was there is to be lost by it."""
+    file = values["logger.csv.file"]
+    if Path(file).name == file and file.endswith(".csv"):
+        return None
+    return ConfigError(
+        f"{file} is not the name of a CSV file in the run folder.", where="logger.csv.file", hint="metrics.csv"
+    )
+
+
 def wandb_knows_the_user(values: Values) -> ConfigError | None:
     """W&B would ask for a key in the middle of the run."""
     if values["logger.wandb.mode"] != "online" or find_spec("wandb") is None or _has_wandb_login():
@@ -55,5 +65,6 @@ LOGGER_CHECKS: tuple[Check, ...] = (
     (partial(library_is_installed, "wandb"), ("logger.wandb.project",)),
     (partial(library_is_installed, "mlflow"), ("logger.mlflow.experiment",)),
     (partial(library_is_installed, "trackio"), ("logger.trackio.project",)),
+    (table_is_a_file_of_its_own, ("logger.csv.file",)),
     (wandb_knows_the_user, ("logger.wandb.mode",)),
 )
