@@ -237,6 +237,13 @@ class _Screen(Console):
     def size(self, new_size: tuple[int, int]) -> None:
         self.width, self.height = new_size
 
+    def on_broken_pipe(self) -> None:
+        """Whoever read along has left: the run goes on, and log.txt has what it says. rich would end the process."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
 
 class _InOnePiece:
     """A terminal that is asked to draw what one call writes all at once, so that no half-drawn frame is ever seen.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,14 @@ def test_log_level_decides_what_is_said(level: str, said: list[str], tmp_path: P
 
 def test_durations_read_as_people_write_them() -> None:
     assert [duration(seconds) for seconds in (12.3, 184, 3750)] == ["12 s", "3:04", "1:02:30"]
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as screen:
+        monkeypatch.setattr(sys, "stdout", screen)
+        console = RunConsole()
+        console.say("to nobody")
+        console.say("nor this")
+        monkeypatch.undo()
