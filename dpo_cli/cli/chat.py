@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dpo_cli.cli.answers import installed_version
+from dpo_cli.cli.answers import answer
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.cli.command import OPTIONS
 from dpo_cli.cli.train import exit_code_of, show_settings
@@ -45,15 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> None:
     arguments = parse_arguments(words, program=_PROGRAM)
-    if arguments.help:
-        from dpo_cli.cli.help import page
-
-        options = OPTIONS.format(doing="asking", config_name="chat")
-        files = [("chat.yaml", ""), ("model/_base.yaml", "model")]
-        print(page(_INTRODUCTION + options, ("model",), files, _EXIT_CODES), end="")
-        return
-    if arguments.version:
-        print(f"dpo-cli {installed_version()}")
+    told = answer(arguments, program=_PROGRAM, groups=("model",), config="chat", every_key=_help)
+    if told is not None:
+        print(told, end="")
         return
     config = _checked(arguments)
     if arguments.show_config:
@@ -72,6 +66,14 @@ def _dispatch(words: list[str]) -> None:
     from dpo_cli.evaluation.chat import chat
 
     chat(config, question)
+
+
+def _help() -> str:
+    from dpo_cli.cli.help import page
+
+    options = OPTIONS.format(doing="asking", config_name="chat")
+    files = [("chat.yaml", ""), ("model/_base.yaml", "model")]
+    return page(_INTRODUCTION + options, ("model",), files, _EXIT_CODES)
 
 
 def _checked(arguments: Arguments) -> ChatConfig:

@@ -75,7 +75,15 @@ _PROGRAMS = {
     "dpo-data convert": _Program("convert", ("data",), (("convert", ""), ("data/_base", "data"))),
     "dpo-sample": _Program("sample", COMMAND_GROUPS, (("sample", ""),)),
     "dpo-eval": _Program("eval", COMMAND_GROUPS, (("eval", ""),)),
-    "dpo-export": _Program("", (), (), ("--help", "--to", "--step", "--merge", "--adapter-only")),
+    "dpo-chat": _Program("chat", ("model",), (("chat", ""),)),
+    "dpo-export": _Program(
+        "",
+        (),
+        (),
+        ("--help", "--to", "--step", "--merge", "--adapter-only", "--dtype", "--max-shard-size", "--push", "--public"),
+    ),
+    "dpo-report": _Program("", (), (), ("--help", "--version")),
+    "dpo-convert-config": _Program("", (), (), ("--help", "--to", "--gpus")),
 }
 
 
@@ -175,10 +183,10 @@ def _values(key: str, program: _Program, before: Sequence[str]) -> list[str]:
 
 def _literals(key: str, config: str) -> list[str]:
     """The words that a key may be set to, where these are few."""
-    from dpo_cli.config.commands import ConvertConfig, EvalConfig, SampleConfig
+    from dpo_cli.config.commands import ChatConfig, ConvertConfig, EvalConfig, SampleConfig
     from dpo_cli.config.schema import OPTIMIZERS, Config, OptimizerBase
 
-    schemas: dict[str, Any] = {"convert": ConvertConfig, "sample": SampleConfig, "eval": EvalConfig}
+    schemas: dict[str, Any] = {"convert": ConvertConfig, "sample": SampleConfig, "eval": EvalConfig, "chat": ChatConfig}
     section, _, name = key.partition(".")
     kinds: list[Any] = [schemas.get(config, Config)]
     if section == "optimizer":

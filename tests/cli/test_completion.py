@@ -37,7 +37,7 @@ def test_groups_keys_and_sections_complete_step_by_step() -> None:
     [
         ("dpo-train loss=", [f"loss={name}" for name in choices("loss")]),
         ("dpo-train model=qwen2-7", ["model=qwen2-7b"]),
-        ("dpo-train logger=", ["logger=[tensorboard]", "logger=[]"]),
+        ("dpo-train logger=", [*(f"logger=[{name}]" for name in choices("logger")), "logger=[]"]),
         ("dpo-train log_level=", [f"log_level={level}" for level in ("debug", "info", "warning", "error")]),
         ("dpo-train deterministic=t", ["deterministic=true"]),
         ("dpo-train optimizer.schedule=c", ["optimizer.schedule=cosine", "optimizer.schedule=constant"]),
@@ -50,6 +50,10 @@ def test_groups_keys_and_sections_complete_step_by_step() -> None:
         ("dpo-eval mode=t", ["mode=task"]),
         ("dpo-eval los", []),
         ("dpo-export --st", ["--step"]),
+        ("dpo-export --d", ["--dtype"]),
+        ("dpo-chat beside=", []),
+        ("dpo-chat model=qwen2-7", ["model=qwen2-7b"]),
+        ("dpo-report --v", ["--version"]),
     ],
 )
 def test_values_are_those_that_can_be_meant(line: str, offered: list[str]) -> None:
