@@ -77,8 +77,10 @@ def write_final(
 
 def card_of(config: Config, objective: Objective, *, run_dir: Path, step: int, difference: Difference | None) -> str:
     """What a model of this run is, for its README. step: of the weights; later evaluations are left out."""
-    evaluations = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["split"] == "eval"]
-    evaluations = [row for row in evaluations if row["step"] <= step]
+    metrics = run_dir / "metrics.jsonl"
+    # A run that was stopped before its first line has none.
+    rows = read_metrics(metrics) if metrics.exists() else ()
+    evaluations = [row for row in rows if row["split"] == "eval" and row["step"] <= step]
     data, ran = _json_of(run_dir / "data.json"), _json_of(run_dir / "run.json")
     return model_card(
         name=run_dir.absolute().name,

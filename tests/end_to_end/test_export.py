@@ -34,6 +34,9 @@ def test_the_last_checkpoint_exports_as_the_final_model(workplace: Workplace) ->
     assert_same_weights(load_file(workplace.folder / "mine" / "model.safetensors"), workplace.final_weights("run"))
     assert "beta" in (workplace.folder / "mine" / "README.md").read_text()
     assert exported(run, "--step", "8") == 0
+    # As of a run that was stopped before its first line.
+    (run / "metrics.jsonl").unlink()
+    assert exported(run, "--to", workplace.folder / "untold") == 0
     earlier = load_file(run / "export-step-00000008" / "model.safetensors")
     assert any(not torch.equal(tensor, earlier[name]) for name, tensor in workplace.final_weights("run").items())
 
