@@ -114,7 +114,9 @@ def legend(axes: Axes, *, columns: int) -> None:
 
 def pairs_of(ranking: Ranking) -> list[Picture]:
     """What the means hide: margins, sources, lengths, and when pairs are learnt and lost."""
-    pictures = [_margins(ranking), _preference(ranking)]
+    # Before the first step all margins are zero.
+    pictures = [_margins(ranking)] if ranking.margins[-1].any() else []
+    pictures.append(_preference(ranking))
     pictures += [_fates(ranking)] if len(ranking.margins) > 2 else []
     sources = ranking.by_source()
     pictures += (
@@ -134,9 +136,11 @@ def _bins(*values: np.ndarray) -> np.ndarray:
     whole = np.concatenate([each[np.isfinite(each)] for each in values])
     low, high = np.quantile(whole, [0.005, 0.995]) if len(whole) else (-1.0, 1.0)
     reach = max(abs(low), abs(high), 1e-6)
-    # Bins meet at zero, so that no bar holds right and wrong pairs.
-    width = (high - low or 2 * reach) / 28
-    return np.arange(np.floor(min(low, 0) / width), np.ceil(max(high, 0) / width) + 1) * width
+    # Bins meet at zero, so that no bar holds right and wrong pairs; of values that lie close together and far from zero
+    # they are no narrower than lets them be counted.
+    width = max(high - low or 2 * reach, reach / 10) / 28
+    first, last = np.floor(min(low, 0) / width), np.ceil(max(high, 0) / width)
+    return np.arange(first, max(last, first + 1) + 1) * width
 
 
 def _margins(ranking: Ranking) -> Picture:

@@ -200,6 +200,19 @@ def test_what_is_damaged_is_named_and_the_rest_reported_and_nothing_foreign_over
     assert (run / "report" / MANIFEST).stat().st_mtime_ns == before
 
 
+def test_a_run_that_has_only_begun_has_a_page(workplace: Workplace) -> None:
+    """Held-out pairs were evaluated once, when the policy was its reference and every margin zero."""
+    assert workplace.train("run_dir=run", "max_steps=1", "eval_every=0").returncode == 0
+    run = workplace.folder / "run"
+    shutil.rmtree(run / "final")
+    for name in ("metrics.jsonl", "eval_logps.jsonl"):
+        first = (run / name).read_text().splitlines(keepends=True)[0]
+        assert json.loads(first)["split"] == "eval"
+        (run / name).write_text(first)
+    read = Page(write([run], run / "report").read_text(encoding="utf-8"))
+    assert "No training step has been logged." in read.text
+
+
 def test_help_and_bad_arguments_import_nothing_heavy() -> None:
     program = (
         "import sys; from dpo_cli.cli.report import main; assert main(['--help']) == 0; assert main(['nowhere']) == 2; "
