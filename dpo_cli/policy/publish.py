@@ -35,7 +35,8 @@ def check_may_publish(name: str) -> None:
 def publish(folder: Path, name: str, *, private: bool) -> str:
     """Send `folder` to the model repository `name`, made if need be; returns its address.
 
-    Raises ModelError where the hub refuses or cannot be reached, or the repository holds something already.
+    Raises ModelError where the hub refuses or cannot be reached, or the repository holds something already or is seen by
+    everyone though it was to be private.
     """
     from huggingface_hub import HfApi
 
@@ -44,7 +45,9 @@ def publish(folder: Path, name: str, *, private: bool) -> str:
     try:
         address = str(api.create_repo(name, private=private, exist_ok=True))
         there = set(api.list_repo_files(name)) - _FRESH
-        if not there:
+        # A repository that was there before stays as public as it was.
+        exposed = private and not api.model_info(name).private
+        if not there and not exposed:
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model and card by dpo-cli")
             return address
     except Exception as error:  # the hub library's HTTP client, and so its errors, differ between versions
@@ -53,6 +56,12 @@ def publish(folder: Path, name: str, *, private: bool) -> str:
             where=f"--push {name}",
             hint=f"may this token write there? The folder is whole; once it may: hf upload {name} {folder}",
         ) from None
+    if exposed:
+        raise ModelError(
+            f"{name} is there already and public, so everyone would see the model.",
+            where="--push",
+            hint=f"--public, if that is meant; or --push ANOTHER, or make it private. The folder is whole: {folder}",
+        )
     raise ModelError(
         f"{name} holds {len(there)} files already, and nothing is written over.",
         where="--push",

@@ -18,6 +18,8 @@ from dpo_cli.cli.export import main
 from dpo_cli.cli.run_folder import create_run_folder
 from dpo_cli.config.check import check
 from dpo_cli.config.compose.composition import Request, compose
+from dpo_cli.errors import ModelError
+from dpo_cli.policy.publish import publish
 from dpo_cli.train.export_run import _ROUNDING
 
 from .conftest import Workplace, assert_same_weights, made_workplace
@@ -74,21 +76,33 @@ def test_a_model_that_reads_back_otherwise_is_not_left_there(
 TOKEN = "hf_" + "a1B2" * 8
 
 
+class Hub(BaseHTTPRequestHandler):
+    """Makes no repository: 403 in general, 409 for the one that is there, me/public, empty and for everyone to see."""
+
+    asked: list[tuple[str, bytes]]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"] or 0))
+        self.asked.append((self.path, body))
+        self.send_response(409 if json.loads(body)["name"] == "public" else 403)
+        self.end_headers()
+        self.wfile.write(json.dumps({"url": "http://127.0.0.1/me/public"}).encode())
+
+    def do_GET(self) -> None:
+        listed = self.path.startswith("/api/models/me/public/tree/main")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps([] if listed else {"id": "me/public", "private": False}).encode())
+
+    def log_message(self, *args: object) -> None:
+        """Not on the screen."""
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, bytes]]]:
-    """A hub that refuses to make repositories, on this machine; what it was asked for, with the body."""
+    """A hub on this machine; what it was asked to make or take, with the body."""
     asked: list[tuple[str, bytes]] = []
-
-    class Refusing(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append((self.path, self.rfile.read(int(self.headers["content-length"] or 0))))
-            self.send_response(403)
-            self.end_headers()
-
-        def log_message(self, *args: object) -> None:
-            """Not on the screen."""
-
-    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    server = HTTPServer(("127.0.0.1", 0), type("ThisHub", (Hub,), {"asked": asked}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -111,6 +125,13 @@ def test_a_refusal_of_the_hub_is_told_and_the_folder_stays(
     ((path, body),) = hub
     assert path == "/api/repos/create"
     assert json.loads(body)["visibility"] == "private"
+
+
+def test_a_public_repository_takes_nothing_that_was_to_be_private(tmp_path: Path, hub: list[tuple[str, bytes]]) -> None:
+    with pytest.raises(ModelError, match="is there already and public") as refused:
+        publish(tmp_path, "me/public", private=True)
+    assert "--public" in str(refused.value)
+    assert [path for path, _ in hub] == ["/api/repos/create"], "nothing was sent"
 
 
 @pytest.mark.parametrize(
