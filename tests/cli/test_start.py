@@ -19,7 +19,7 @@ REAL = "model=qwen2-0.5b"
 REPOSITORY = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "pyarrow", "numpy", "peft", "tensorboard")
 # Generous for a loaded machine; with nothing else running these take 0.1 to 0.5 s.
-SECONDS = 5.0
+SECONDS = 15.0
 
 _ANSWER_AND_LIST_MODULES = """
 import sys
