@@ -48,6 +48,10 @@ class Search:
             direction=settings.direction,
             load_if_exists=True,
         )
+        for trial in self._study.get_trials(deepcopy=False):
+            # A process that was killed while it asked has left a trial without some of its values.
+            if not trial.state.is_finished() and not self._is_whole(trial):
+                self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         known = self._study.get_trials(deepcopy=False)
         # A sampler that began with the same seed again would draw the same values again.
         drawn = seed + len(known)
@@ -75,12 +79,16 @@ class Search:
             self._study.tell(job.number, state=TrialState.PRUNED)
         elif code in (EXIT_BAD_INPUT, EXIT_NON_FINITE):
             self._study.tell(job.number, state=TrialState.FAIL)
-            ended = [trial.state for trial in self._study.get_trials(deepcopy=False) if trial.state.is_finished()]
+            known = filter(self._is_whole, self._study.get_trials(deepcopy=False))
+            ended = [trial.state for trial in known if trial.state.is_finished()]
             if len(ended) >= _HOPELESS and set(ended) == {TrialState.FAIL}:
                 raise DpoError(f"The first {len(ended)} trials have failed.", where=str(self._folder / str(job.number)))
 
     def started(self) -> Sequence[Job]:
-        return [self._job(trial) for trial in self._study.get_trials(deepcopy=False)]
+        return [self._job(trial) for trial in filter(self._is_whole, self._study.get_trials(deepcopy=False))]
+
+    def _is_whole(self, trial: FrozenTrial) -> bool:
+        return self._distributions.keys() <= trial.params.keys()
 
     def _value(self, job: Job) -> float:
         results = final_results(self._folder / str(job.number))
