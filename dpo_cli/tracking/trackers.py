@@ -13,7 +13,7 @@ from dpo_cli.config.schema import Config, LoggerConfig
 from dpo_cli.config.secrets import without_secrets
 from dpo_cli.errors import EndedEarly, Interrupted
 from dpo_cli.health.monitor import Told
-from dpo_cli.tracking.background import CLOSING_SECONDS, Background
+from dpo_cli.tracking.background import CLOSING_SECONDS, FAILING_SECONDS, Background
 from dpo_cli.tracking.csv_file import CsvFile
 from dpo_cli.tracking.mlflow import Mlflow
 from dpo_cli.tracking.tensorboard import TensorBoard
@@ -26,17 +26,21 @@ _SWEEP_FILE = "sweep.yaml"
 
 
 class Trackers:
-    """What a run tells whoever watches. Of several ranks the main one has trackers, the others have none."""
+    """What a run tells whoever watches. Of several ranks the main one has trackers, the others have none.
 
-    def __init__(self, config: Config, run_dir: Path, trackers: Mapping[str, Tracker]) -> None:
+    ranks: how many there are.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, trackers: Mapping[str, Tracker], *, ranks: int = 1) -> None:
         self._config = config
         self._run_dir = run_dir
         self._trackers = trackers
+        self._ranks = ranks
         self._working: Sequence[Background] = ()
 
     @classmethod
-    def of(cls, config: Config, run_dir: Path) -> Trackers:
-        return cls(config, run_dir, _chosen(config.logger))
+    def of(cls, config: Config, run_dir: Path, *, ranks: int = 1) -> Trackers:
+        return cls(config, run_dir, _chosen(config.logger), ranks=ranks)
 
     @classmethod
     def none(cls, config: Config, run_dir: Path) -> Trackers:
@@ -77,9 +81,13 @@ class Trackers:
         ending = _ending(error)
         for background in self._working:
             background.end(lambda tracker: tracker.end(ending))
-        deadline = time.monotonic() + CLOSING_SECONDS
-        for background in self._working:
-            background.wait(deadline - time.monotonic())
+        deadline = time.monotonic() + (FAILING_SECONDS if ending == "failed" and self._ranks > 1 else CLOSING_SECONDS)
+        try:
+            for background in self._working:
+                background.wait(deadline - time.monotonic())
+        finally:
+            for background in self._working:
+                background.hush()
 
 
 def _chosen(logger: LoggerConfig) -> dict[str, Tracker]:

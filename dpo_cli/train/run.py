@@ -62,7 +62,7 @@ def run_training(
     """
     console = console or RunConsole(level=config.log_level)
     ranks = ranks or SoleRank()
-    trackers = Trackers.of(config, run_dir) if ranks.is_main else Trackers.none(config, run_dir)
+    trackers = Trackers.of(config, run_dir, ranks=ranks.size) if ranks.is_main else Trackers.none(config, run_dir)
     run = _Run(config, run_dir, console, StopRequest(console.interject), ranks, trackers)
     try:
         # Whatever ends the run, the trackers hear of it, and are waited for once a Ctrl-C may end that wait.

@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from dpo_cli.config.schema import Config
 from dpo_cli.errors import ConfigError, DpoError, Interrupted
 from dpo_cli.health.curves import Finding, Severity
 from dpo_cli.health.monitor import Told
-from dpo_cli.tracking.tracker import RunFacts, Tracker
+from dpo_cli.tracking.tracker import Ending, RunFacts, Tracker
 from dpo_cli.tracking.trackers import Trackers
 from dpo_cli.train.metrics_log import MetricsLog, read_metrics
 
@@ -277,6 +278,49 @@ def test_a_tracker_that_hangs_or_fails_costs_a_warning_and_no_time(tmp_path: Pat
     assert refusing.steps == [0, 3, 4]
     assert len([line for line in said if "refusing has failed" in line and "No space left" in line]) == 1
     assert len([line for line in said if "hanging has failed" in line and "still sending" in line]) == 1
+
+
+class Slow(Tracker):
+    """A tracker that opens only once it may, and then keeps up."""
+
+    def __init__(self) -> None:
+        self.may_open, self.closed = threading.Event(), threading.Event()
+        self.lines = 0
+
+    def begin(self, run: RunFacts, after_step: int) -> str | None:
+        assert self.may_open.wait(60)
+        return "it is open"
+
+    def log(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        self.lines += 1
+
+    def end(self, ending: Ending) -> None:
+        self.closed.set()
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_tracker_that_did_not_keep_up_is_closed_and_says_nothing_after_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_time: bool
+) -> None:
+    monkeypatch.setattr("dpo_cli.tracking.background._WAITING_AT_MOST", 3)
+    monkeypatch.setattr("dpo_cli.tracking.trackers.FAILING_SECONDS", 20.0 if in_time else 0.2)
+    config = configured(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    said: list[str] = []
+    slow = Slow()
+    with pytest.raises(DpoError), Trackers(config, tmp_path / "run", {"slow": slow}, ranks=2) as trackers:
+        trackers.begin(0, said.append)
+        for step in range(9):
+            trackers.log(step, "train", {"loss": 1.0})
+        if in_time:
+            slow.may_open.set()
+        raise DpoError("one of two ranks has failed")
+    assert slow.closed.is_set() == in_time
+    slow.may_open.set()
+    assert slow.closed.wait(20)
+    assert slow.lines in (2, 3), "begin waits among them until it is taken up"
+    assert ("slow: it is open" in said) == in_time
+    assert len([line for line in said if "does not keep up" in line]) == 1
 
 
 def test_a_full_disk_leaves_a_whole_table_and_the_rest_of_the_trackers(small_disk: Path) -> None:
