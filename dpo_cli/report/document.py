@@ -104,6 +104,7 @@ def _page_of_one(run: RunRecord) -> tuple[str, list[Picture], dict[str, list[lis
         samples=facts.shown_samples(run),
         answers=facts.shown_answers(run),
         data=facts.data_table(run),
+        examples=facts.first_examples(run),
         timings=facts.timing_table(run),
         config=yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True, width=100) if run.settings else "",
     )

@@ -77,7 +77,12 @@ def _sources(split: Mapping[str, Any]) -> list[str]:
 
 
 def accuracy_of(run: RunRecord, ranking: Ranking | None) -> Estimate | None:
-    """Held-out reward accuracy at the end with its interval: of all pairs as evaluated, else of those recorded."""
+    """Held-out reward accuracy at the end with its interval: of all pairs as evaluated, else of those recorded.
+
+    None where it is not known, and where no pair has a margin yet.
+    """
+    if run.evaluations and undecided(run.evaluations[-1]):
+        return None
     found = list(numbers(run.evaluations, "rewards/accuracies"))
     count = run.held_out_examples
     if found and count is not None and 0 <= found[-1][1] <= 1:
@@ -145,8 +150,7 @@ def results(run: RunRecord) -> list[list[str]]:
             accuracy = accuracy_of(run, None)
             row = [
                 "reward accuracy",
-                "no margins yet" if undecided(first) else _share(first.get(metric)),
-                _share(value),
+                *("no margins yet" if undecided(line) else _share(line.get(metric)) for line in (first, last)),
                 "" if accuracy is None else f"{interval(accuracy)} (Wilson, {run.held_out_examples:,} pairs)",
             ]
         else:
@@ -324,6 +328,16 @@ def shown_samples(run: RunRecord, count: int = 3) -> list[dict[str, Any]]:
         few = rows[:count] + [row for row in rows[-count:] if row not in rows[:count]]
         shown = [{"prompt": row.get("prompt"), "truth": row.get("truth"), "written": [row]} for row in few]
     return shown
+
+
+def first_examples(run: RunRecord) -> list[dict[str, Any]]:
+    """Examples as the model reads them."""
+    rows = run.data.get("samples")
+    return [
+        {"origin": row.get("origin", ""), "prompt": row.get("prompt", ""), "responses": row.get("responses") or []}
+        for row in (rows if isinstance(rows, list) else ())
+        if isinstance(row, dict)
+    ]
 
 
 def shown_answers(run: RunRecord) -> list[dict[str, Any]]:

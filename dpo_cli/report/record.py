@@ -17,6 +17,8 @@ from dpo_cli.report.pairs import HeldOutPairs
 
 Row = dict[str, Any]
 
+_OF_A_FINDING = {"name", "severity", "what", "why", "try"}
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -121,7 +123,7 @@ def read_run(folder: Path) -> RunRecord:
 def _findings(folder: Path, settings: Row, rows: list[Row]) -> list[Row]:
     """What was told while the run trained; of a run without that, what its metrics say now."""
     if (folder / "health.jsonl").exists():
-        return [row for row in _read_lines(folder / "health.jsonl", []) if {"name", "severity", "what"} <= row.keys()]
+        return [row for row in _read_lines(folder / "health.jsonl", []) if row.keys() >= _OF_A_FINDING]
     try:
         monitor = Monitor(Setup.of(settings))
         return [told.as_row() for row in rows for told in monitor.after(row)]

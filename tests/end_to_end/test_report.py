@@ -209,8 +209,14 @@ def test_a_run_that_has_only_begun_has_a_page(workplace: Workplace) -> None:
         first = (run / name).read_text().splitlines(keepends=True)[0]
         assert json.loads(first)["split"] == "eval"
         (run / name).write_text(first)
+    # As an earlier version or a full disk may leave them.
+    told = json.loads((run / "data.json").read_text())
+    del told["samples"]
+    (run / "data.json").write_text(json.dumps(told))
+    (run / "health.jsonl").write_text('{"step": 0, "name": "loss_at_ln2", "severity": "note", "what": "still"}\n')
     read = Page(write([run], run / "report").read_text(encoding="utf-8"))
     assert "No training step has been logged." in read.text
+    assert "no margins yet" in read.text and "held-out reward accuracy" not in read.text
 
 
 def test_help_and_bad_arguments_import_nothing_heavy() -> None:
