@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
 
+from dpo_cli.rollout.cache import growing_cache, without_gaps
 from dpo_cli.rollout.draft import WIDEST, Draft, Width, may_draft
 from dpo_cli.rollout.noise import mix, uniform
 
@@ -132,7 +132,7 @@ def stream_tokens(
     """
     device = model.device
     last_only: dict[str, Any] = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
-    cache = Cache(layer_class_to_replicate=_GrowingLayer)
+    cache = growing_cache()
     key = mix(torch.tensor([stream])).to(device)
     ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64))[None].to(device)
     seen = torch.ones_like(ids)
@@ -198,7 +198,7 @@ def _decode(
     last_only: dict[str, Any] = {}
     if _takes(model, "logits_to_keep"):
         last_only["logits_to_keep"] = guesses.shape[1] + 1
-    cache = Cache(layer_class_to_replicate=_GrowingLayer)
+    cache = growing_cache()
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
     logits: Tensor = model(
         input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, **last_only
@@ -265,7 +265,7 @@ def _decode(
             guesses = draft.guess(draft.width.best(len(rows), most))
             tokens = torch.cat([tokens, guesses], dim=1)
             if seen.shape[1] > room:
-                seen = _without_gaps(cache, seen)
+                seen = without_gaps(cache, seen)
         seen = torch.cat([seen, torch.ones_like(tokens)], dim=1)
         # Guesses past the longest response are not looked at, and may have no position.
         places = (written[:, None] + steps[: tokens.shape[1]]).clamp_(max=longest)
@@ -282,15 +282,6 @@ def _decode(
 def _at(draws: Tensor, places: Tensor) -> Tensor:
     """(n, 1) the random numbers of these places, (rows, n), as far as there are any."""
     return draws.gather(1, places.clamp(max=draws.shape[1] - 1)).view(-1, 1) if draws.shape[1] else draws
-
-
-def _without_gaps(cache: Cache, seen: Tensor) -> Tensor:
-    """Move what is seen of each row to the right, and cut off what no row sees."""
-    columns = seen.sort(dim=1, stable=True).indices[:, -int(seen.sum(1).max()) :]
-    for layer in cache.layers:
-        assert isinstance(layer, _GrowingLayer)
-        layer.select_tokens(columns)
-    return seen.gather(1, columns)
 
 
 def _choose(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
@@ -333,52 +324,3 @@ def _until_stop(row: IntArray, stop_token_ids: Collection[int]) -> IntArray:
 
 def _takes(model: PreTrainedModel, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
-
-
-class _GrowingLayer(DynamicLayer):
-    """Keys and values of one layer in buffers with room to spare, so that a token does not copy all those before it.
-
-    `keys` and `values` are what is filled of the buffers: (rows, heads, tokens, width).
-    """
-
-    keys: Tensor
-    values: Tensor
-    _buffers: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        if self._buffers is None or self._buffers[0].shape[-2] < end:
-            self._buffers = (
-                self._grown(self.keys, key_states, start, end),
-                self._grown(self.values, value_states, start, end),
-            )
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., start:end, :] = states
-        keys, values = self._buffers
-        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._buffers = None
-
-    def select_tokens(self, columns: Tensor) -> None:
-        """Only keep these of each row, (rows, tokens)."""
-        if self.is_initialized:
-            index = columns[:, None, :, None]
-            self.keys, self.values = (
-                states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
-                for states in (self.keys, self.values)
-            )
-            self._buffers = None
-
-    @staticmethod
-    def _grown(filled: Tensor, states: Tensor, start: int, end: int) -> Tensor:
-        rows, heads, _, width = states.shape
-        buffer = states.new_empty(rows, heads, end + max(64, end // 4), width)
-        if start:
-            buffer[..., :start, :] = filled
-        return buffer

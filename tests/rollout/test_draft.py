@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from dpo_cli.rollout.cache import GrowingLayer
 from dpo_cli.rollout.draft import Draft, Width
-from dpo_cli.rollout.generate import Sampling, _GrowingLayer, generate
+from dpo_cli.rollout.generate import Sampling, generate
 from dpo_cli.rollout.noise import stream
 
 VOCABULARY = 17
@@ -106,13 +107,13 @@ def test_gaps_that_refused_guesses_leave_in_the_cache_are_closed_before_it_outgr
     model, prompts, passes, monkeypatch
 ) -> None:
     """Rows whose drafts end well after one another: what one has, the others have gaps for."""
-    closed, close = [], _GrowingLayer.select_tokens
+    closed, close = [], GrowingLayer.select_tokens
 
-    def noted(layer: _GrowingLayer, columns: torch.Tensor) -> None:
+    def noted(layer: GrowingLayer, columns: torch.Tensor) -> None:
         closed.append(columns.shape)
         close(layer, columns)
 
-    monkeypatch.setattr(_GrowingLayer, "select_tokens", noted)
+    monkeypatch.setattr(GrowingLayer, "select_tokens", noted)
     plain = sampled(model, prompts, Sampling(60), stops={VOCABULARY})
     drafts = []
     for place, (first,) in enumerate(plain):
