@@ -35,8 +35,8 @@ def check_may_publish(name: str) -> None:
 def publish(folder: Path, name: str, *, private: bool) -> str:
     """Send `folder` to the model repository `name`, made if need be; returns its address.
 
-    Raises ModelError where the hub refuses or cannot be reached, the repository holds something already, or it is public
-    though it was to be private.
+    Raises ModelError where the hub refuses or cannot be reached, and where the repository holds something already or
+    is public though it was to be private.
     """
     from huggingface_hub import HfApi
 

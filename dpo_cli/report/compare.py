@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from dpo_cli.report import facts
+from dpo_cli.report import tables, words
 from dpo_cli.report.charts import CHARTS, Chart
 from dpo_cli.report.drawing import INK, MUTED, SERIES, Picture, drawn
 from dpo_cli.report.figures import decided, legend, step_axis
@@ -35,11 +35,11 @@ class Compared:
 
 def differing_settings(runs: Sequence[RunRecord]) -> list[list[str]]:
     """A header of run names, then a row for each setting that is not the same in all."""
-    flat = [dict(facts.leaves(run.settings)) for run in runs]
+    flat = [dict(words.leaves(run.settings)) for run in runs]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
     table = [["setting", *names(runs)]]
     for key in keys:
-        values = [facts.plain(settings[key]) if key in settings else "–" for settings in flat]
+        values = [words.plain(settings[key]) if key in settings else "–" for settings in flat]
         if len(set(values)) > 1:
             table.append([key, *values])
     return table
@@ -85,20 +85,20 @@ def outcome_table(compared: Sequence[Compared]) -> list[list[str]]:
     table = [head]
     for place, (name, each) in enumerate(zip(names(runs), compared, strict=True)):
         run = each.run
-        accuracy, difference = facts.accuracy_of(run, each.ranking), facts.task_difference(run)
+        accuracy, difference = tables.accuracy_of(run, each.ranking), tables.task_difference(run)
         found = sorted({str(finding["name"]) for finding in run.findings if finding["severity"] != "note"})
         table.append(
             [
                 name,
                 *(row[place + 1] for row in shown),
                 "" if accuracy is None else f"{accuracy.value:.1%}",
-                "" if accuracy is None else facts.interval(accuracy),
+                "" if accuracy is None else words.interval(accuracy),
                 _last(run, "loss"),
                 _last(run, "rewards/margins"),
                 _change(run, "logps/chosen"),
                 _change(run, "logps/rejected"),
-                "" if difference is None else f"{facts.points(difference.gain)} points",
-                "" if difference is None else f"{facts.points(difference.low)} to {facts.points(difference.high)}",
+                "" if difference is None else f"{words.points(difference.gain)} points",
+                "" if difference is None else f"{words.points(difference.low)} to {words.points(difference.high)}",
                 f"{run.steps:,}" + ("" if run.ended else ", unfinished"),
                 ", ".join(found),
             ]
@@ -109,7 +109,7 @@ def outcome_table(compared: Sequence[Compared]) -> list[list[str]]:
 
 def _last(run: RunRecord, metric: str) -> str:
     found = list(numbers(run.evaluations or run.train, metric))
-    return facts.number(found[-1][1]) if found else ""
+    return words.number(found[-1][1]) if found else ""
 
 
 def _change(run: RunRecord, metric: str) -> str:
@@ -170,7 +170,7 @@ def _overlaid(
 def accuracies(compared: Sequence[Compared]) -> Picture | None:
     """Held-out accuracy of each run with its interval."""
     known = [
-        (label, facts.accuracy_of(each.run, each.ranking))
+        (label, tables.accuracy_of(each.run, each.ranking))
         for label, each in zip(labels([each.run for each in compared]), compared, strict=True)
     ]
     found = [(label, estimate) for label, estimate in known if estimate is not None]
@@ -204,7 +204,7 @@ def trade_off(compared: Sequence[Compared]) -> Picture | None:
     """What accuracy costs: how far chosen responses have fallen or risen for it."""
     points = []
     for label, each in zip(labels([each.run for each in compared]), compared, strict=True):
-        accuracy = facts.accuracy_of(each.run, each.ranking)
+        accuracy = tables.accuracy_of(each.run, each.ranking)
         logps = list(numbers(each.run.evaluations, "logps/chosen"))
         if accuracy is not None and len(logps) > 1:
             points.append((label, logps[-1][1] - logps[0][1], 100 * accuracy.value))
@@ -257,13 +257,13 @@ def paired_table(compared: Sequence[Compared]) -> list[list[str]]:
         if ranking is not None:
             right = ranking.right[-1]
             difference = paired_difference(first, right)
-            interval = f"{facts.points(difference.low)} to {facts.points(difference.high)}"
+            interval = f"{words.points(difference.low)} to {words.points(difference.high)}"
             table.append(
                 [
                     name,
                     f"{(right & ~first).sum():,}",
                     f"{(first & ~right).sum():,}",
-                    facts.points(difference.gain),
+                    words.points(difference.gain),
                     interval,
                 ]
             )

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 import dpo_cli
 from dpo_cli.atomic import temporary_beside
-from dpo_cli.report import compare, facts
+from dpo_cli.report import compare, tables, words
 from dpo_cli.report.drawing import Picture, as_csv, palette
 from dpo_cli.report.figures import curves_of, pairs_of, sparkline
 from dpo_cli.report.folders import MANIFEST, check_replaceable, run_folders
@@ -37,13 +37,13 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     folders = run_folders(runs)
     check_replaceable(out)
     records = [read_run(folder) for folder in folders]
-    page, pictures, tables = _page_of_one(records[0]) if len(records) == 1 else _page_of_several(records)
+    page, pictures, sheets = _page_of_one(records[0]) if len(records) == 1 else _page_of_several(records)
     files: dict[str, bytes] = {PAGE: page.encode()}
     for picture in pictures:
         files[f"figures/{picture.name}.svg"] = picture.svg.encode()
         files[f"figures/{picture.name}.png"] = picture.png
         files[f"figures/{picture.name}.csv"] = picture.csv.encode()
-    files |= {f"{name}.csv": as_csv(table).encode() for name, table in tables.items() if len(table) > 1}
+    files |= {f"{name}.csv": as_csv(table).encode() for name, table in sheets.items() if len(table) > 1}
     _replace(out.resolve(), files)
     return out / PAGE
 
@@ -85,31 +85,31 @@ def _page_of_one(run: RunRecord) -> tuple[str, list[Picture], dict[str, list[lis
     curves = curves_of(run)
     pairs = [] if ranking is None else pairs_of(ranking)
     surfaces = [] if ranking is None else surfaces_of(ranking, loss)
-    results = facts.results(run)
+    results = tables.results(run)
     page = _render(
         "run.html",
         title=run.name,
         run=run,
-        summary=facts.summary(run),
-        tiles=facts.tiles(run, ranking),
-        setup=facts.setup_table(run),
-        command=facts.command(run),
-        differences=facts.differences(run),
+        summary=words.summary(run),
+        tiles=tables.tiles(run, ranking),
+        setup=tables.setup_table(run),
+        command=words.command(run),
+        differences=tables.differences(run),
         results=results,
         curves=curves,
         surfaces=surfaces,
         pairs=pairs,
         groups=[] if ranking is None else _groups(ranking),
         recorded=None if run.pairs is None else len(run.pairs.identities),
-        samples=facts.shown_samples(run),
-        answers=facts.shown_answers(run),
-        data=facts.data_table(run),
-        examples=facts.first_examples(run),
-        timings=facts.timing_table(run),
+        samples=words.shown_samples(run),
+        answers=words.shown_answers(run),
+        data=tables.data_table(run),
+        examples=words.first_examples(run),
+        timings=tables.timing_table(run),
         config=yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True, width=100) if run.settings else "",
     )
-    tables = {"results": results, "pairs": [] if ranking is None else _pairs_table(ranking)}
-    return page, [*curves, *surfaces, *pairs], tables
+    sheets = {"results": results, "pairs": [] if ranking is None else _pairs_table(ranking)}
+    return page, [*curves, *surfaces, *pairs], sheets
 
 
 def _page_of_several(runs: Sequence[RunRecord]) -> tuple[str, list[Picture], dict[str, list[list[Any]]]]:
@@ -124,7 +124,7 @@ def _page_of_several(runs: Sequence[RunRecord]) -> tuple[str, list[Picture], dic
         "several.html",
         title=_title(runs),
         runs=[
-            {"name": name, "run": run, "summary": facts.summary(run), "command": facts.command(run)}
+            {"name": name, "run": run, "summary": words.summary(run), "command": words.command(run)}
             for name, run in zip(compare.names(runs), runs, strict=True)
         ],
         outcomes=outcomes,
