@@ -77,7 +77,7 @@ TOKEN = "hf_" + "a1B2" * 8
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Makes no repository: 403 in general, 409 for the one that is there, me/public, empty and for everyone to see."""
+    """Refuses all but what is there already: me/public, empty and for everyone to see."""
 
     asked: list[tuple[str, bytes]]
 
@@ -90,7 +90,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         listed = self.path.startswith("/api/models/me/public/tree/main")
-        self.send_response(200)
+        self.send_response(200 if self.path.startswith("/api/models/me/public") else 403)
         self.end_headers()
         self.wfile.write(json.dumps([] if listed else {"id": "me/public", "private": False}).encode())
 
