@@ -189,9 +189,11 @@ def losses_table(results: dict[str, dict[str, Any]], device: str) -> str:
 
 def work_table(results: dict[str, dict[str, Any]]) -> str:
     """What the timed steps have to compute, counted: the ratio that is there before anything is programmed well."""
+    # How a step is computed, checkpointed or in bfloat16, does not change what there is to compute.
+    distinct = {str(result["work"]): name for name, result in reversed(results.items())}
     rows = []
-    for name, result in results.items():
-        needed, padded = result["work"]
+    for name in reversed(distinct.values()):
+        needed, padded = results[name]["work"]
         shown = (f"{gigaflops:,.0f}" for both in zip(needed, padded, strict=True) for gigaflops in both)
         rows.append([name, *shown, *(f"{theirs / ours:.2f}" for ours, theirs in zip(needed, padded, strict=True))])
     header = ("case", "products", "of TRL", "attention", "of TRL", "products of TRL, times", "attention of TRL, times")
