@@ -146,7 +146,9 @@ class RankFiles:
         """The failure that was claimed; if there is none, a rank that died without a word is claimed to be it."""
         found = self.failure()
         if found is None and (dead := self.died()):
-            self.claim(self.describe_death(dead[0].rank))
+            # Launchers end the others with SIGTERM once one has died.
+            first = min(dead, key=lambda state: self._exit_of(state.rank) == -Signals.SIGTERM)
+            self.claim(self.describe_death(first.rank))
             found = self.failure()
         return found
 
@@ -163,13 +165,18 @@ class RankFiles:
     def write_exits(self, codes: dict[int, int]) -> None:
         write_json(self.folder / "exits.json", {str(rank): code for rank, code in codes.items()})
 
+    def _exit_of(self, rank: int) -> int | None:
+        """Of a process that has ended, where the launcher has told."""
+        code = (_read(self.folder / "exits.json") or {}).get(str(rank))
+        return code if isinstance(code, int) else None
+
     def describe_death(self, rank: int) -> Failure:
         """A rank that has written nothing: its exit code if we know it, and the last it printed."""
-        code = (_read(self.folder / "exits.json") or {}).get(str(rank))
+        code = self._exit_of(rank)
         how, hint = "died without a word", None
-        if isinstance(code, int) and code < 0:
+        if code is not None and code < 0:
             how = f"was killed by signal {-code} ({_signal_name(-code)})"
-        elif isinstance(code, int):
+        elif code is not None:
             how = f"ended with exit code {code} and without a word"
         if code in (None, -9):
             hint = "the kernel kills without a word when memory runs out: dmesg | tail"
