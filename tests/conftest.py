@@ -15,6 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Whoever runs the tests, on whatever screen or build server, sees the same: what decides how output looks is set here.
+os.environ["TERM"] = "xterm-256color"
+for _decides in ("CI", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(_decides, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
