@@ -90,8 +90,10 @@ def work_of(shape: ModelShape, layout: Layout, batch: Batch) -> Work:
     # So many positions' softmaxes are kept in each micro-batch instead of being computed again.
     kept = min(batch.scored, micro_batches * layout.workers * CHUNK_BYTES // (4 * shape.vocabulary))
     again = 1 - kept / batch.scored
-    repeated = layout.checkpointed(shape.layers) / shape.layers
-    flops = (1 + backwards + repeated) * layers + (1 + backwards + again) * head
+    # The last layer, which computes less than the others, is not repeated.
+    layer = (layers + 2 * shape.feed_forward * (batch.tokens - batch.scored)) / shape.layers
+    repeated = layout.checkpointed(shape.layers) * layer
+    flops = (1 + backwards) * layers + repeated + (1 + backwards + again) * head
     return Work(batch.tokens, flops, micro_batches)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dpo_cli.batch.blocks import cut_queries
+
 Place = Literal["none", "cpu", "nvme"]
 # Gradients that the engine exchanges at once under ZeRO, in elements.
 REDUCE_BUCKET = 100_000_000
@@ -71,12 +73,8 @@ class Layout:
         return self.bytes_per_weight == 2
 
     def checkpointed(self, layers: int) -> int:
-        """How many of so many layers are computed again in the backward pass."""
-        return -(-layers // self.checkpoint_every) if self.gradient_checkpointing else 0
-
-    def keeps_last(self, layers: int) -> bool:
-        """Whether the last of so many layers keeps its activations: the first of every `checkpoint_every` does not."""
-        return not self.gradient_checkpointing or (layers - 1) % self.checkpoint_every > 0
+        """How many of so many layers are computed again in the backward pass: never the last."""
+        return -(-(layers - 1) // self.checkpoint_every) if self.gradient_checkpointing else 0
 
     def share(self, stage: int) -> int:
         """Among how many workers something is divided that ZeRO divides from this stage on."""
@@ -91,8 +89,9 @@ class Layout:
 class Row:
     """What a packed row asks of attention. tokens: of the row; scored: those with a log-prob.
 
-    causal_keys, masked_keys: keys gathered for segments that need no mask, and for those that do; a prompt's keys are
-    gathered once for each of its responses. masked_scores: queries x keys under a mask.
+    causal_keys, masked_keys: keys gathered for queries that need no mask, and for those that do; a prompt's keys are
+    gathered once for each of its responses, and on a CPU for each block of queries. masked_scores: queries x keys under
+    a mask.
     """
 
     tokens: int
@@ -102,7 +101,7 @@ class Row:
     masked_scores: int
 
     @classmethod
-    def of_pairs(cls, tokens: int, longest: int) -> Row:
+    def of_pairs(cls, tokens: int, longest: int, *, on_gpu: bool) -> Row:
         """The row that is planned for: full, of pairs as long as they may be, half of prompt + response being prompt.
 
         Every token is counted as scored: pairs with short prompts come close to that.
@@ -110,8 +109,16 @@ class Row:
         tokens = max(tokens, longest_pair(longest))
         pairs = tokens / longest_pair(longest)
         # The chosen response continues its prompt causally, the rejected one looks back at it under a mask.
-        keys, scores = pairs * longest, pairs * longest * longest / 2
-        return cls(tokens, tokens, round(keys), round(keys), round(scores))
+        prompt = longest // 2
+        first, *others = _queries_and_keys(longest, 0, on_gpu) + _queries_and_keys(longest - prompt, prompt, on_gpu)
+        masked_keys, scores = sum(keys for _, keys in others), sum(queries * keys for queries, keys in others)
+        return cls(tokens, tokens, round(pairs * first[1]), round(pairs * masked_keys), round(pairs * scores))
+
+
+def _queries_and_keys(queries: int, prefix: int, on_gpu: bool) -> list[tuple[int, int]]:
+    """Of every call that a segment takes."""
+    blocks = [(0, queries)] if on_gpu else cut_queries(queries)
+    return [(end - first, prefix + end) for first, end in blocks]
 
 
 def longest_pair(longest: int) -> int:

@@ -88,7 +88,7 @@ def state_bytes(layout: Layout) -> int:
 
 def forecast_memory(shape: ModelShape, layout: Layout, row: Row | None = None) -> Memory:
     """row: what goes through the model at once; by default a full one of pairs as long as they may be."""
-    row = row or Row.of_pairs(layout.tokens, layout.longest)
+    row = row or Row.of_pairs(layout.tokens, layout.longest, on_gpu=layout.on_gpu)
     stays, host, nvme = _what_stays(shape, layout)
     if layout.offload_checkpoints and layout.on_gpu:
         host += _checkpoints(shape, layout, row) * layout.workers
@@ -143,7 +143,7 @@ def _moments(shape: ModelShape, layout: Layout, row: Row) -> tuple[Moment, ...]:
     outer = _outer_activations(shape, layout, row)
     whole_layers = shape.layers - layout.checkpointed(shape.layers)
     checkpoints = 0 if layout.offload_checkpoints and layout.on_gpu else _checkpoints(shape, layout, row)
-    spared = _spared(shape, layout, row) if layout.keeps_last(shape.layers) else 0
+    spared = _spared(shape, layout, row)
     kept = {ACTIVATIONS: whole_layers * layer - spared + checkpoints + outer, ATTENTION: whole_layers * attention}
     whole_weights = {PARAMETERS: partition.gathered(shape, layout)}
     kept |= whole_weights
@@ -157,8 +157,8 @@ def _moments(shape: ModelShape, layout: Layout, row: Row) -> tuple[Moment, ...]:
 
     first = dict(kept)
     if layout.gradient_checkpointing:
-        first[ACTIVATIONS] += layer
-        first[ATTENTION] += attention
+        # A layer that is computed again takes the place of the last one, and spares nothing.
+        first[ACTIVATIONS] += spared
     working = width * row.tokens * (2 * shape.mlp_width + 2 * shape.hidden)
     # The head's gradient waits for the embedding's where they are one matrix; in half precision it stays in any case.
     waiting = width * embedding if whole and (shape.tied or (layout.half and not layout.zero_stage)) else 0
@@ -263,7 +263,8 @@ def _outer_activations(shape: ModelShape, layout: Layout, row: Row) -> int:
     width = layout.bytes_per_weight
     head_dim = shape.query_width // shape.heads
     tokens = row.tokens * ((4 + width) * shape.hidden + 2 * width * head_dim + 40)
-    return tokens + row.scored * (width * shape.hidden + 64) + width * row.masked_scores
+    indices = 8 * (row.causal_keys + row.masked_keys)
+    return tokens + indices + row.scored * (width * shape.hidden + 64) + width * row.masked_scores
 
 
 def _head(shape: ModelShape, layout: Layout, row: Row) -> tuple[int, int]:

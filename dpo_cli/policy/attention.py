@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from dpo_cli.batch.blocks import cut_queries
 from dpo_cli.batch.layout import Segment
 from dpo_cli.batch.transfer import to_device
 from dpo_cli.errors import ModelError
@@ -53,15 +54,13 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Segments attended to in one call: n of them, padded to Q queries and L keys.
+    """Blocks attended to in one call: n of them, padded to Q queries and L keys.
 
-    queries: (n * Q,) rows of the packed row; keys: (n * L,). Padding repeats row 0 and is never looked at.
     query_positions, key_positions: (n, Q), (n, L) positions within prompt + response; padding keys have -1.
-    causal: segments without a prefix. They need no mask, padded or not: what is padded stands after all that is seen.
+    causal: blocks that see no key before their own. They need no mask, padded or not: what is padded stands after all
+        that is seen.
     """
 
-    queries: Tensor
-    keys: Tensor
     query_positions: Tensor
     key_positions: Tensor
     causal: bool
@@ -88,92 +87,113 @@ class Bucket:
 class AttentionPlan:
     """The plain route: a scaled_dot_product_attention a bucket.
 
+    queries, keys: rows of the packed row that the buckets take, bucket after bucket; padding repeats row 0 and is never
+        looked at. Gathered at once: a gather for every bucket would have a gradient as large as the row for each.
     inverse: (T,) where in the concatenated bucket outputs each row of the packed row lies.
     """
 
     buckets: tuple[Bucket, ...]
+    queries: Tensor
+    keys: Tensor
     inverse: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scaling: float | None, window: int | None) -> Tensor:
-        outputs = [_attend(bucket, q, k, v, scaling, window) for bucket in self.buckets]
+        queries = q.index_select(0, self.queries).split([bucket.query_positions.numel() for bucket in self.buckets])
+        lengths = [bucket.key_positions.numel() for bucket in self.buckets]
+        keys, values = (states.index_select(0, self.keys).split(lengths) for states in (k, v))
+        outputs = [
+            _attend(bucket, *states, scaling=scaling, window=window)
+            for bucket, states in zip(self.buckets, zip(queries, keys, values, strict=True), strict=True)
+        ]
         return torch.cat(outputs).index_select(0, self.inverse)
 
 
-def plan_attention(segments: Sequence[Segment], device: torch.device) -> AttentionPlan:
-    """Group segments into buckets of similar shape. Pure: depends on the segments alone.
+class _Block(NamedTuple):
+    """Queries [query_start, query_end) see keys [prefix_start, prefix_end) and, causally, rows from key_start on."""
 
-    Those with a prefix, which need a mask, are kept apart: a causal kernel does half the work of a masked one.
+    query_start: int
+    query_end: int
+    prefix_start: int
+    prefix_end: int
+    key_start: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Queries, keys."""
+        prefix = self.prefix_end - self.prefix_start
+        return self.query_end - self.query_start, prefix + self.query_end - self.key_start
+
+    @property
+    def causal(self) -> bool:
+        queries, keys = self.shape
+        return queries == keys
+
+
+def plan_attention(segments: Sequence[Segment], device: torch.device) -> AttentionPlan:
+    """Group segments, or blocks of them, into buckets of similar shape. Pure: depends on the segments alone.
+
+    Those that see keys before their own, which need a mask, are kept apart: a causal kernel does half the work on GPUs.
     """
-    by_shape = sorted(
-        range(len(segments)), key=lambda index: (_is_causal(segments[index]), *_shape(segments[index]), index)
-    )
+    blocks = [block for segment in segments for block in _blocks(segment, cut=device.type == "cpu")]
+    by_shape = sorted(range(len(blocks)), key=lambda index: (blocks[index].causal, *blocks[index].shape, index))
     groups: list[list[int]] = []
-    queries = keys = needed = 0
+    widest = deepest = needed = 0
     for index in by_shape:
-        q, k = _shape(segments[index])
-        grown_queries, grown_keys = max(queries, q), max(keys, k)
+        q, k = blocks[index].shape
+        grown_queries, grown_keys = max(widest, q), max(deepest, k)
         count = len(groups[-1]) + 1 if groups else 1
         padded = count * grown_queries * grown_keys
-        alike = bool(groups) and _is_causal(segments[index]) == _is_causal(segments[groups[-1][0]])
+        alike = bool(groups) and blocks[index].causal == blocks[groups[-1][0]].causal
         if alike and padded <= min(MAX_PADDING_RATIO * (needed + q * k), MAX_SCORES_PER_CALL):
             groups[-1].append(index)
-            queries, keys, needed = grown_queries, grown_keys, needed + q * k
+            widest, deepest, needed = grown_queries, grown_keys, needed + q * k
         else:
             groups.append([index])
-            queries, keys, needed = q, k, q * k
+            widest, deepest, needed = q, k, q * k
 
-    buckets, rows, places, offset = [], [], [], 0
+    buckets, queries, keys, rows, places, offset = [], [], [], [], [], 0
     for group in groups:
-        bucket = _bucket([segments[index] for index in group])
+        bucket, its_queries, its_keys = _bucket([blocks[index] for index in group])
         width = bucket.query_positions.shape[1]
         for place, index in enumerate(group):
-            segment = segments[index]
-            rows.append(torch.arange(segment.query_start, segment.query_end))
-            places.append(torch.arange(segment.query_end - segment.query_start) + offset + place * width)
+            block = blocks[index]
+            rows.append(torch.arange(block.query_start, block.query_end))
+            places.append(torch.arange(block.shape[0]) + offset + place * width)
         offset += len(group) * width
-        buckets.append(bucket)
+        buckets.append(_to(bucket, device))
+        queries.append(its_queries)
+        keys.append(its_keys)
     inverse = torch.empty(sum(map(len, rows)), dtype=torch.int64)
     inverse[torch.cat(rows)] = torch.cat(places)
-    return AttentionPlan(buckets=tuple(_to(bucket, device) for bucket in buckets), inverse=to_device(inverse, device))
+    return AttentionPlan(
+        tuple(buckets), *(to_device(rows, device) for rows in (torch.cat(queries), torch.cat(keys), inverse))
+    )
 
 
-def _shape(segment: Segment) -> tuple[int, int]:
-    queries = segment.query_end - segment.query_start
-    return queries, queries + segment.prefix_end - segment.prefix_start
+def _blocks(segment: Segment, *, cut: bool) -> Iterator[_Block]:
+    start, end, prefix_start, prefix_end = segment
+    for first, last in cut_queries(end - start) if cut else [(0, end - start)]:
+        yield _Block(start + first, start + last, prefix_start, prefix_end, key_start=start)
 
 
-def _is_causal(segment: Segment) -> bool:
-    return segment.prefix_start == segment.prefix_end
-
-
-def _bucket(segments: Sequence[Segment]) -> Bucket:
-    n, (width, depth) = len(segments), map(max, zip(*map(_shape, segments), strict=True))
+def _bucket(blocks: Sequence[_Block]) -> tuple[Bucket, Tensor, Tensor]:
+    """With the rows that it takes queries and keys from: (n * Q,), (n * L,)."""
+    n, (width, depth) = len(blocks), map(max, zip(*(block.shape for block in blocks), strict=True))
     queries, query_positions = torch.zeros(n, width, dtype=torch.int64), torch.full((n, width), -1)
     keys, key_positions = torch.zeros(n, depth, dtype=torch.int64), torch.full((n, depth), -1)
-    for row, segment in enumerate(segments):
-        q, k = _shape(segment)
-        prefix = k - q
-        own = torch.arange(segment.query_start, segment.query_end)
-        queries[row, :q], query_positions[row, :q] = own, torch.arange(prefix, k)
-        keys[row, :prefix] = torch.arange(segment.prefix_start, segment.prefix_end)
-        keys[row, prefix:k], key_positions[row, :k] = own, torch.arange(k)
-    return Bucket(
-        queries=queries.flatten(),
-        keys=keys.flatten(),
-        query_positions=query_positions,
-        key_positions=key_positions,
-        causal=all(map(_is_causal, segments)),
-    )
+    for row, block in enumerate(blocks):
+        q, k = block.shape
+        prefix = block.prefix_end - block.prefix_start
+        queries[row, :q] = torch.arange(block.query_start, block.query_end)
+        query_positions[row, :q] = torch.arange(k - q, k)
+        keys[row, :prefix] = torch.arange(block.prefix_start, block.prefix_end)
+        keys[row, prefix:k], key_positions[row, :k] = torch.arange(block.key_start, block.query_end), torch.arange(k)
+    causal = all(block.causal for block in blocks)
+    return Bucket(query_positions, key_positions, causal), queries.flatten(), keys.flatten()
 
 
 def _to(bucket: Bucket, device: torch.device) -> Bucket:
-    return Bucket(
-        queries=to_device(bucket.queries, device),
-        keys=to_device(bucket.keys, device),
-        query_positions=to_device(bucket.query_positions, device),
-        key_positions=to_device(bucket.key_positions, device),
-        causal=bucket.causal,
-    )
+    return Bucket(to_device(bucket.query_positions, device), to_device(bucket.key_positions, device), bucket.causal)
 
 
 def packed_attention(
@@ -214,19 +234,10 @@ def packed_attention(
 
 
 def _attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """One bucket: (n * Q, heads, d)."""
-    n, width = bucket.query_positions.shape
-    depth = bucket.key_positions.shape[1]
-
-    def gather(states: Tensor, rows: Tensor, length: int) -> Tensor:
-        return states.index_select(0, rows).view(n, length, *states.shape[1:]).transpose(1, 2)
-
+    """One bucket: q (n * Q, heads, d), k and v (n * L, kv_heads, d) -> (n * Q, heads, d)."""
+    n, depth = bucket.key_positions.shape
+    queries, keys, values = (states.view(n, -1, *states.shape[1:]).transpose(1, 2) for states in (q, k, v))
     causal = bucket.causal and (window is None or depth <= window)
-    queries, keys, values = (
-        gather(q, bucket.queries, width),
-        gather(k, bucket.keys, depth),
-        gather(v, bucket.keys, depth),
-    )
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and not causal and q.is_cuda:
         # CUDA's fused kernels take grouped queries or a mask, not both; what is left then holds all scores in memory.
@@ -241,7 +252,7 @@ def _attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float | No
         scale=scaling,
         enable_gqa=groups > 1,
     )
-    return attended.transpose(1, 2).reshape(n * width, *attended.shape[1::2])
+    return attended.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
 
 
 _packing: ContextVar[bool] = ContextVar("packing", default=False)

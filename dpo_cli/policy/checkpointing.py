@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from dpo_cli.errors import ModelError
@@ -11,6 +12,8 @@ from dpo_cli.errors import ModelError
 
 def enable_checkpointing(model: PreTrainedModel, *, every: int = 1, offload: bool = False) -> None:
     """Compute one of `every` layers again in the backward pass; offload: keep their inputs in pinned host memory.
+
+    Never the last: the backward pass begins with it, so that it would be computed again at once, for nothing saved.
 
     Raises ModelError for a model, or a version of transformers, that cannot.
     """
@@ -30,3 +33,6 @@ def enable_checkpointing(model: PreTrainedModel, *, every: int = 1, offload: boo
             where="model.checkpoint_every, model.offload_checkpoints",
             hint="leave them out, or pip install -U transformers",
         ) from error
+    layers = getattr(model.get_decoder(), "layers", None)
+    if isinstance(layers, nn.ModuleList) and len(layers):
+        layers[-1].gradient_checkpointing = False  # type: ignore[assignment]

@@ -152,6 +152,7 @@ def measure(case: Case) -> dict[str, float]:
     from dpo_cli.engine.interface import Engine, OptimizerSettings
     from dpo_cli.engine.ranks import SoleRank
     from dpo_cli.engine.zero_config import ZeroSettings
+    from dpo_cli.policy.checkpointing import enable_checkpointing
     from dpo_cli.policy.lora import add_lora
     from dpo_cli.policy.packed_model import PackedModel
 
@@ -176,7 +177,7 @@ def measure(case: Case) -> dict[str, float]:
         if case.lora_rank is not None:
             add_lora(model, _Lora(case.lora_rank), seed=0, base_name="bench")
         if case.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         settings = OptimizerSettings(case.optimizer, weight_decay=0.0, max_grad_norm=1.0)
         return backend.training(PackedModel(model.train()), model, settings, dtype)
 

@@ -20,6 +20,7 @@ from dpo_cli.engine.ranks import SoleRank
 from dpo_cli.engine.replicated import ReplicatedEngine
 from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.policy.attention_routes import choose_attention
+from dpo_cli.policy.checkpointing import enable_checkpointing
 from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.reference.sums import ReferenceSums
 from dpo_cli.train.batch_loss import BatchLoss
@@ -61,7 +62,7 @@ def our_training(case: StepCase, pairs: list[Pair]) -> OurTraining:
         add_lora(model, lora, seed=0, base_name="random weights")
         with_same_adapters(model)
     if case.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     route = choose_attention(case.attention, model.config, device=device, dtype=dtype)
     packed = PackedModel(model, attention=route)
     settings = OptimizerSettings("adamw", weight_decay=0.0, max_grad_norm=1.0)

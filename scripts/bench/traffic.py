@@ -144,6 +144,7 @@ def count() -> dict[str, dict[str, int]]:
     from dpo_cli.engine.backend import Backend, Partitioned, Replicated, process_group
     from dpo_cli.engine.interface import Engine, OptimizerSettings
     from dpo_cli.engine.zero_config import ZeroSettings
+    from dpo_cli.policy.checkpointing import enable_checkpointing
     from dpo_cli.policy.lora import add_lora
     from dpo_cli.policy.packed_model import PackedModel
 
@@ -167,7 +168,7 @@ def count() -> dict[str, dict[str, int]]:
         if case.lora_rank is not None:
             add_lora(model, _Lora(case.lora_rank), seed=0, base_name="bench")
         if case.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         settings = OptimizerSettings("adamw", weight_decay=0.0, max_grad_norm=1.0)
         return backend.training(PackedModel(model.train()), model, settings, dtype)
 
