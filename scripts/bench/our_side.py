@@ -24,6 +24,7 @@ from dpo_cli.policy.checkpointing import enable_checkpointing
 from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.reference.sums import ReferenceSums
 from dpo_cli.train.batch_loss import BatchLoss
+from dpo_cli.train.device import choose_device
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.micro_batch import PreferenceData
 from dpo_cli.train.objective import Objective
@@ -53,7 +54,7 @@ def our_training(case: StepCase, pairs: list[Pair]) -> OurTraining:
     while any(len(microbatches(examples.sizes[b].tolist(), tokens_per_microbatch=budget)) > wanted for b in batches):
         budget += 16
 
-    device, dtype = torch.device(case.device), getattr(torch, case.dtype)
+    device, dtype = choose_device(case.device), getattr(torch, case.dtype)
     model = packed_model_of(case)
     if case.lora_rank:
         from dpo_cli.policy.lora import add_lora
