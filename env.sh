@@ -1,1 +1,0 @@
-export PYTHONPATH=/tmp/study OMP_NUM_THREADS=1
