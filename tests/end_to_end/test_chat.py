@@ -111,11 +111,8 @@ def test_a_conversation_on_a_terminal(place: Path, tiny_model: Path) -> None:
     tokenizer.save_pretrained(chatty)
     outside, inside = pty.openpty()
     words = [sys.executable, "-m", "dpo_cli.cli.chat", str(chatty), "system=w0", "max_new_tokens=60"]
-    # A shell's background jobs, and whatever they start, ignore Ctrl-C.
-    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     talking = subprocess.Popen(
         words, stdin=inside, stdout=inside, stderr=inside, start_new_session=True, env={**os.environ, "TERM": "dumb"},
-        preexec_fn=heeds_ctrl_c,
     )  # fmt: skip
     os.close(inside)
     unread = ""

@@ -29,6 +29,14 @@ def stop() -> None:
     raise Interrupted(f"Stopped by {STOP.requested}. Step 3 is saved.", hint="dpo-train resume=here")
 
 
+def wait_for_peer(seconds: float) -> None:
+    """Until both ranks have begun, and so long after it."""
+    peer = RUN_DIR / "ranks" / f"rank-{1 - RANK:05}.json"
+    while not peer.exists():
+        time.sleep(0.01)
+    time.sleep(seconds)
+
+
 def deaf() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -37,6 +45,8 @@ def deaf() -> None:
 
 
 def die() -> None:
+    """Once the other rank is at work: before, nobody is there to tell of it."""
+    wait_for_peer(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -46,10 +56,7 @@ def bug() -> None:
 
 def broken_connection() -> None:
     """What a collective does when a peer has gone: it raises, at once, something that explains nothing."""
-    peer = RUN_DIR / "ranks" / f"rank-{1 - RANK:05}.json"
-    while not peer.exists():
-        time.sleep(0.01)
-    time.sleep(0.1)
+    wait_for_peer(0.7)
     raise RuntimeError("Connection closed by peer")
 
 
