@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 0,
     "paths": 0,
     "atomic": 0,
+    "durations": 0,
     "losses": 0,
     "batch": 0,
     "train.schedule": 0,

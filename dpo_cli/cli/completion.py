@@ -166,11 +166,10 @@ def _own(before: Sequence[str]) -> list[Path]:
 
 
 def _values(key: str, program: _Program, before: Sequence[str]) -> list[str]:
-    own = [file.stem for folder in _own(before) for file in sorted((folder / key).glob("*.yaml"))]
     if key == "logger" and key in program.groups:
         return [*(f"[{name}]" for name in choices(key)), "[]"]
     if key in program.groups:
-        return [*choices(key), *(name for name in own if not name.startswith("_"))]
+        return choices(key, *_own(before))
     if key == "show":
         return [*program.groups, "groups", "keys"]
     defaults: dict[str, str] = {}

@@ -50,7 +50,7 @@ def show(
         raise ConfigError(
             f"There is no group {group}.", where="show", hint=suggest_choice(group, (*groups, "groups", _KEYS))
         )
-    names = _names(group, own)
+    names = choices(group, *([own] if own is not None else []))
     if not choice:
         default = default_choices(CONF_FOLDER / f"{config}.yaml").get(group)
         lines = _table(
@@ -63,11 +63,6 @@ def show(
         raise ConfigError(f"There is no {group} {choice}.", where="show", hint=suggest_choice(choice, names))
     file = _file(group, choice, own)
     return "\n".join([f"{group}={choice}: {description(file)}", *keys_of(file, group)]) + "\n"
-
-
-def _names(group: str, own: Path | None) -> list[str]:
-    theirs = [file.stem for file in (own / group).glob("*.yaml")] if own is not None else []
-    return sorted({*choices(group), *(name for name in theirs if not name.startswith("_"))})
 
 
 def _file(group: str, choice: str, own: Path | None) -> Path:

@@ -28,9 +28,13 @@ def shipped_files() -> dict[str, Path]:
     return files | {f"recipe/{file.name}": file for file in sorted(RECIPES_FOLDER.glob("*.yaml"))}
 
 
-def choices(group: str) -> list[str]:
-    """The shipped choices of a group; files that start with an underscore are only parts of others."""
-    names = [Path(name).stem for name in shipped_files() if name.rpartition("/")[0] == group]
+def choices(group: str, *own: Path) -> list[str]:
+    """The choices of a group, shipped and of a user's own config folders.
+
+    Files that start with an underscore are only parts of others.
+    """
+    names = {Path(name).stem for name in shipped_files() if name.rpartition("/")[0] == group}
+    names.update(file.stem for folder in own for file in (folder / group).glob("*.yaml"))
     return sorted(name for name in names if not name.startswith("_"))
 
 

@@ -143,12 +143,17 @@ def _bins(*values: np.ndarray) -> np.ndarray:
     return np.arange(first, max(last, first + 1) + 1) * width
 
 
+def _counts(values: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """Of each bin; what lies beyond all of them counts in the outermost."""
+    found: np.ndarray = np.histogram(np.clip(values[np.isfinite(values)], bins[0], bins[-1]), bins)[0]
+    return found
+
+
 def _margins(ranking: Ranking) -> Picture:
     start, end = ranking.margins[0], ranking.margins[-1]
     at_zero = float(np.nanmax(np.abs(start), initial=0)) < 1e-2 * float(np.nanmax(np.abs(end), initial=0) or 1)
     bins = _bins(end) if at_zero else _bins(start, end)
-    counts_end = np.histogram(np.clip(end[np.isfinite(end)], bins[0], bins[-1]), bins)[0]
-    counts_start = np.histogram(np.clip(start[np.isfinite(start)], bins[0], bins[-1]), bins)[0]
+    counts_start, counts_end = (_counts(each, bins) for each in (start, end))
 
     def draw(axes: Axes) -> None:
         middle, width = (bins[:-1] + bins[1:]) / 2, bins[1] - bins[0]
@@ -172,7 +177,7 @@ def _preference(ranking: Ranking) -> Picture:
     pairs = ranking.pairs
     start, end = pairs.chosen[0] - pairs.rejected[0], pairs.chosen[-1] - pairs.rejected[-1]
     bins = _bins(start, end)
-    counts = [np.histogram(np.clip(each[np.isfinite(each)], bins[0], bins[-1]), bins)[0] for each in (start, end)]
+    counts = [_counts(each, bins) for each in (start, end)]
     shares = [float((each > 0).mean()) for each in (start, end)]
 
     def draw(axes: Axes) -> None:

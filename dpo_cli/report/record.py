@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -180,9 +180,12 @@ def _read_yaml(file: Path, missing: list[str]) -> Row:
     return content if isinstance(content, dict) else {}
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def numbers(rows: Sequence[Row], name: str) -> Iterator[tuple[int, float]]:
     """(step, value) of the lines that have the metric as a number."""
     for row in rows:
-        value = row.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if is_number(value := row.get(name)):
             yield int(row["step"]), float(value)

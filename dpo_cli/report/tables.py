@@ -11,14 +11,13 @@ import numpy as np
 
 from dpo_cli.config.compose.composition import Request, compose
 from dpo_cli.config.shipped import GROUPS
+from dpo_cli.durations import in_words
 from dpo_cli.errors import DpoError
 from dpo_cli.report.figures import undecided
 from dpo_cli.report.pairs import Ranking
-from dpo_cli.report.record import RunRecord, numbers
+from dpo_cli.report.record import RunRecord, is_number, numbers
 from dpo_cli.report.words import (
-    duration,
     interval,
-    is_number,
     leaves,
     loss_in_words,
     number,
@@ -92,7 +91,7 @@ def tiles(run: RunRecord, ranking: Ranking | None) -> list[Tile]:
             found.append(Tile(f"{where} {label}", number(values[-1][1]), start))
     seconds = training_seconds(run)
     if seconds:
-        found.append(Tile("training time", duration(seconds), f"{run.steps:,} steps, without evaluation and saving"))
+        found.append(Tile("training time", in_words(seconds), f"{run.steps:,} steps, without evaluation and saving"))
     return found
 
 
@@ -240,7 +239,7 @@ def timing_table(run: RunRecord) -> list[list[str]]:
     if not seconds:
         return []
     tokens = [value for _, value in numbers(run.train, "num_tokens")]
-    rows = [["training steps", duration(seconds)]]
+    rows = [["training steps", in_words(seconds)]]
     if tokens:
         rows.append(["tokens", f"{tokens[-1]:,.0f} packed, {tokens[-1] / seconds:,.0f} a second"])
     if run.steps:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from dpo_cli.config.check import flatten
-from dpo_cli.report.record import Row, RunRecord
+from dpo_cli.report.record import Row, RunRecord, is_number
 from dpo_cli.rollout.statistics import Estimate
 
 # Settings that every run has of its own, or that say nothing of the experiment.
@@ -137,14 +137,6 @@ def _as_text(prompt: Any) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 def number(value: Any) -> str:
     """Three or four digits that matter; whole numbers whole."""
     if not is_number(value):
@@ -167,7 +159,3 @@ def share_of(value: Any) -> str:
 
 def interval(estimate: Estimate) -> str:
     return f"{estimate.low:.1%} to {estimate.high:.1%}"
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

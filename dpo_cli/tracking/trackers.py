@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from dpo_cli.config.schema import Config, LoggerConfig
 from dpo_cli.config.secrets import without_secrets
@@ -91,18 +91,11 @@ class Trackers:
 
 
 def _chosen(logger: LoggerConfig) -> dict[str, Tracker]:
-    trackers: dict[str, Tracker] = {}
-    if logger.tensorboard is not None:
-        trackers["tensorboard"] = TensorBoard(logger.tensorboard)
-    if logger.csv is not None:
-        trackers["csv"] = CsvFile(logger.csv)
-    if logger.wandb is not None:
-        trackers["wandb"] = Wandb(logger.wandb)
-    if logger.mlflow is not None:
-        trackers["mlflow"] = Mlflow(logger.mlflow)
-    if logger.trackio is not None:
-        trackers["trackio"] = Trackio(logger.trackio)
-    return trackers
+    kinds: dict[str, Callable[[Any], Tracker]] = {
+        "tensorboard": TensorBoard, "csv": CsvFile, "wandb": Wandb, "mlflow": Mlflow, "trackio": Trackio,
+    }  # fmt: skip
+    wanted = {name: getattr(logger, name) for name in kinds}
+    return {name: kinds[name](settings) for name, settings in wanted.items() if settings is not None}
 
 
 def _facts(config: Config, run_dir: Path) -> RunFacts:

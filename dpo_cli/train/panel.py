@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from dpo_cli.durations import as_clock
 from dpo_cli.health.curves import Severity
 from dpo_cli.health.monitor import Told
 from dpo_cli.train.sparkline import ASCII_BLOCKS, BLOCKS, Curve, sparkline
@@ -126,12 +127,12 @@ class Panel:
 
     def _time_left(self) -> str:
         if self.done >= self.total:
-            return f"in {duration(time.monotonic() - self.began)}"
+            return f"in {as_clock(time.monotonic() - self.began)}"
         if not self.has_moved:
             return "..."
         step, began = self._pace_from
         # Evaluation and saving in between count as well, as they will again.
-        return f"{duration((time.monotonic() - began) / (self.done - step) * (self.total - self.done))} left"
+        return f"{as_clock((time.monotonic() - began) / (self.done - step) * (self.total - self.done))} left"
 
     def _curve(self, name: str, curve: Curve, width: int, *, ascii_only: bool) -> Text:
         label, layout = _CURVES[name]
@@ -154,7 +155,7 @@ class Panel:
         label, style = ("trained", "bold") if whole else ("stopped", "bold yellow")
         steps = f"{self.done:,} steps" if whole else f"after {self.done:,} of {self.total:,} steps"
         row = Text().append(f"{label:<{_LABEL}}", style=style)
-        row.append(f"{steps} in {duration(time.monotonic() - self.began)}")
+        row.append(f"{steps} in {as_clock(time.monotonic() - self.began)}")
         if speed := _listed(_SPEED, self._latest["train"]):
             row.append(f"   {speed}", style="dim")
         yield row
@@ -171,13 +172,6 @@ class Panel:
     def _change(self, split: str, name: str, layout: str, *, ascii_only: bool) -> str:
         first, last = (layout.format(each[split][name]) for each in (self._first, self._latest))
         return f"{first:>{_VALUE}} {'->' if ascii_only else '→'} {last:<{_VALUE}}"
-
-
-def duration(seconds: float) -> str:
-    """As 12 s, 3:04 or 1:02:30."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}" if minutes else f"{rest} s"
 
 
 def _row(label: str, content: Text) -> Text:

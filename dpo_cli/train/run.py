@@ -14,6 +14,7 @@ from torch import nn
 from dpo_cli.atomic import write_json
 from dpo_cli.batch.order import global_batch
 from dpo_cli.config.schema import Config
+from dpo_cli.durations import in_words
 from dpo_cli.engine.interface import whole_shape
 from dpo_cli.engine.ranks import Ranks, SoleRank
 from dpo_cli.errors import CheckpointError, Interrupted, OutOfMemory, StoreError
@@ -199,7 +200,7 @@ class _Run:
         self.ranks.barrier()
         if ended_by is not None:
             raise ended_early(self.run_dir, step=progress.step, name=ended_by)
-        say(f"done in {_duration(time.monotonic() - began)}: {self.run_dir / FINAL}")
+        say(f"done in {in_words(time.monotonic() - began)}: {self.run_dir / FINAL}")
 
     def _forecast(self, device: torch.device) -> Plan | None:
         machine = Machine(device.type == "cuda", device_bytes=memory_of(device), devices=self.ranks.size)
@@ -321,9 +322,3 @@ def _parameter_count(model: torch.nn.Module) -> str:
         if count >= size:
             return f"{count / size:.2f} {name}"
     return f"{count:,}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

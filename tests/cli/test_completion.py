@@ -63,7 +63,7 @@ def test_values_are_those_that_can_be_meant(line: str, offered: list[str]) -> No
 def test_ones_own_choices_are_offered(folder: Path) -> None:
     (folder / "conf/loss").mkdir(parents=True)
     (folder / "conf/loss/mine.yaml").write_text("_target_: mine.loss\n_partial_: true\n# How much.\ntau: 1\n")
-    assert candidates("dpo-train", "dpo-train --config-dir conf loss=mi") == ["loss=mix", "loss=mine"]
+    assert candidates("dpo-train", "dpo-train --config-dir conf loss=mi") == ["loss=mine", "loss=mix"]
     assert candidates("dpo-train", "dpo-train --config-dir conf loss=mine loss.") == ["loss.tau="]
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_cli.durations import in_words
 from dpo_cli.engine.screen import OURS, LoggedBug, screen_to_ourselves, tell_at_once
 from dpo_cli.errors import DataError
-from dpo_cli.train.panel import duration
 
 
 def test_the_screen_has_what_python_prints_and_the_log_everything_else(
@@ -47,36 +47,24 @@ def test_debug_keeps_what_libraries_inform_of(tmp_path: Path) -> None:
 
 
 def test_streams_handlers_and_levels_are_those_of_before_even_after_a_failure(tmp_path: Path) -> None:
-    root = logging.getLogger()
-    before = (
-        sys.stdout,
-        sys.stderr,
-        list(root.handlers),
-        root.level,
-        OURS.level,
-        len(list(Path("/proc/self/fd").iterdir())),
-    )
+    def now() -> tuple[object, ...]:
+        root, files = logging.getLogger(), list(Path("/proc/self/fd").iterdir())
+        return sys.stdout, sys.stderr, list(root.handlers), root.level, OURS.level, len(files)
+
+    before = now()
     for error in (DataError("bad row"), KeyboardInterrupt()):
         with pytest.raises(type(error)), screen_to_ourselves(tmp_path / "log.txt", level="info"):
             raise error
-    after = (
-        sys.stdout,
-        sys.stderr,
-        list(root.handlers),
-        root.level,
-        OURS.level,
-        len(list(Path("/proc/self/fd").iterdir())),
-    )
-    assert after == before
+    assert now() == before
     assert "ERROR   dpo_cli: bad row" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_bug_is_told_by_its_last_line_in_this_package(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     with pytest.raises(LoggedBug) as caught, screen_to_ourselves(log, level="info"):
-        duration(None)  # type: ignore[arg-type]
+        in_words(None)  # type: ignore[arg-type]
     assert caught.value.is_ours
-    assert "dpo_cli/train/panel.py, line " in str(caught.value) and "in duration" in str(caught.value)
+    assert "dpo_cli/durations.py, line " in str(caught.value) and "in in_words" in str(caught.value)
     assert "Traceback" in log.read_text() and "Traceback" not in str(caught.value)
 
 

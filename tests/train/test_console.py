@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dpo_cli.durations import as_clock, in_words
 from dpo_cli.health.curves import Finding, Severity
 from dpo_cli.health.monitor import Told
 from dpo_cli.train.console import RunConsole
-from dpo_cli.train.panel import Panel, duration
+from dpo_cli.train.panel import Panel
 
 STEP = {"loss": 0.51, "rewards/margins": 1.25, "rewards/accuracies": 0.75, "perf/tokens_per_second": 12345.0}
 FOUND = Told("chosen_falling", Finding(Severity.WARNING, "it falls", "because", ("loss.beta=1",)), 20, "train")
@@ -125,7 +126,8 @@ def test_log_level_decides_what_is_said(level: str, said: list[str], tmp_path: P
 
 
 def test_durations_read_as_people_write_them() -> None:
-    assert [duration(seconds) for seconds in (12.3, 184, 3750)] == ["12 s", "3:04", "1:02:30"]
+    assert [as_clock(seconds) for seconds in (12.3, 184, 3750)] == ["12 s", "3:04", "1:02:30"]
+    assert [in_words(seconds) for seconds in (12.34, 184, 3750)] == ["12.3 s", "3 min 4 s", "1 h 2 min"]
 
 
 def test_a_reader_that_leaves_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

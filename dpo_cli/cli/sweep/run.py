@@ -80,7 +80,7 @@ class Sweep:
 
     def probes(self) -> list[list[str]]:
         """Words of jobs that between them take every value of a list and both ends of every range."""
-        from dpo_cli.cli.sweep.search import distribution, ends, key_of
+        from dpo_cli.cli.sweep.search import distribution, ends, key_of, words_of
 
         swept = {key_of(item): ends(item) for item in self.overrides if item.is_sweep_override()}
         if not swept:
@@ -92,13 +92,7 @@ class Sweep:
                 distribution(item)
         first = {key: values[0] for key, values in swept.items()}
         drawn = [first, *({**first, key: value} for key, values in swept.items() for value in values[1:])]
-        return [
-            [
-                f"{key_of(item)}={values[key_of(item)]}" if item.is_sweep_override() else str(item.input_line)
-                for item in self.overrides
-            ]
-            for values in drawn
-        ]
+        return [list(words_of(self.overrides, values)) for values in drawn]
 
 
 def start_sweep(request: Request, *, train: Train, resume: Resume) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,12 +103,15 @@ class Search:
 
     def _job(self, trial: FrozenTrial) -> Job:
         values = tuple((key, str(trial.params[key])) for key in self._distributions)
-        drawn = dict(values)
-        words = tuple(
-            f"{key_of(item)}={drawn[key_of(item)]}" if item.is_sweep_override() else str(item.input_line)
-            for item in self._overrides
-        )
-        return Job(trial.number, words, values)
+        return Job(trial.number, words_of(self._overrides, dict(values)), values)
+
+
+def words_of(overrides: Sequence[Override], drawn: Mapping[str, str]) -> tuple[str, ...]:
+    """The command line of one job. drawn: its value of every key that is swept."""
+    return tuple(
+        f"{key_of(item)}={drawn[key_of(item)]}" if item.is_sweep_override() else str(item.input_line)
+        for item in overrides
+    )
 
 
 def key_of(override: Override) -> str:
