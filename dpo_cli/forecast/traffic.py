@@ -71,7 +71,9 @@ def _gathered_in_a_pass(shape: ModelShape, layout: Layout, trained: int) -> int:
     again = max(0, weights - layout.reuse_distance // (3 if layout.gradient_checkpointing else 2))
     once_more = 0
     if layout.gradient_checkpointing:
-        once_more = shape.layer_parameters - (0 if frozen else min(shape.layer_parameters, layout.reuse_distance // 2))
-    passed = shape.parameters * (weights + again) // weights + shape.layers * once_more
+        let_go = max(0, shape.layer_parameters - layout.reuse_distance // 2)
+        # The last layer is not computed again.
+        once_more = shape.layers * (shape.layer_parameters if frozen else let_go) - let_go
+    passed = shape.parameters * (weights + again) // weights + once_more
     adapters = _SUM * trained * (weights + again) // weights if frozen else 0
     return layout.bytes_per_weight * passed + adapters

@@ -153,9 +153,9 @@ def traffic_table() -> str:
 
 def step_table() -> str:
     """Processor seconds of performance.md's steps against their operations, at one share of the peak for all."""
-    measured = dict(
-        re.findall(r"^\| ([^|]+) \| this tool \| [^|]+ \| ([\d.]+)", _read("performance.md"), flags=re.MULTILINE)
-    )
+    _, _, steps = _read("performance.md").partition("<!-- table: scripts/bench/step.py -->")
+    steps, _, _ = steps.partition("<!-- end of table")
+    measured = dict(re.findall(r"^\| ([^|]+) \| this tool \| [^|]+ \| ([\d.]+)", steps, flags=re.MULTILINE))
     found = []
     for name, case in CASES.items():
         if name not in measured or case.lengths not in ("prompt-heavy", "response-heavy"):
