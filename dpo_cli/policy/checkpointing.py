@@ -13,7 +13,7 @@ from dpo_cli.errors import ModelError
 def enable_checkpointing(model: PreTrainedModel, *, every: int = 1, offload: bool = False) -> None:
     """Compute one of `every` layers again in the backward pass; offload: keep their inputs in pinned host memory.
 
-    Never the last: the backward pass begins with it, so that it would be computed again at once, for nothing saved.
+    Never the last: the backward pass begins with it, so that it would be computed again at once, for little saved.
 
     Raises ModelError for a model, or a version of transformers, that cannot.
     """
