@@ -17,6 +17,7 @@ from dpo_cli.errors import CheckpointError
 from dpo_cli.policy.export import SHARD_SIZE, export_final, final_state, in_dtype
 from dpo_cli.policy.load import DTYPES, LoadedModel, load_frozen_start, load_model, quiet_loading
 from dpo_cli.train.checkpoint import CheckpointStore
+from dpo_cli.train.device import choose_device
 from dpo_cli.train.final import card_of
 from dpo_cli.train.objective import Objective
 from dpo_cli.train.parts import build_loss
@@ -76,7 +77,7 @@ def export_run(
     What was written is opened again, and must give a short text the log-probs that the policy gives it.
     Raises CheckpointError where there is no such checkpoint, the folder exists, or reads back as another model.
     """
-    policy, found = checkpoint_model(config, run_dir=run_dir, step=step, device=torch.device("cpu"), say=say)
+    policy, found = checkpoint_model(config, run_dir=run_dir, step=step, device=choose_device("cpu"), say=say)
     target = folder or run_dir / f"export-step-{found:08d}"
     lora = config.model.lora
     state = final_state(policy, merge=lora is None or (lora.merge if merge is None else merge))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -49,6 +51,16 @@ def lora_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     done = made_workplace(folder, tiny_model).train("run_dir=run", "model.lora.rank=4")
     assert done.returncode == 0, done.stderr
     return folder / "run"
+
+
+def test_the_screen_shows_what_was_written_and_nothing_of_libraries(workplace: Workplace) -> None:
+    assert workplace.train("run_dir=run").returncode == 0
+    done = subprocess.run(
+        [Path(sys.executable).parent / "dpo-export", "run", "--to", "mine"], cwd=workplace.folder, capture_output=True,
+        text=True, check=True, env=workplace.environment,
+    )  # fmt: skip
+    assert done.stderr == "" and done.stdout.splitlines()[-1] == "mine"
+    assert all(line.startswith(("opened again", "mine")) for line in done.stdout.splitlines())
 
 
 def test_weights_are_cast_and_opened_again(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

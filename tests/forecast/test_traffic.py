@@ -46,8 +46,8 @@ def test_stage_3_gathers_twice_in_every_micro_batch_but_for_the_end_of_the_model
 def test_layers_that_are_computed_again_and_too_large_to_be_kept_are_gathered_three_times() -> None:
     checkpointed = replace(ZERO, gradient_checkpointing=True)
     assert traffic(checkpointed).gathered == pytest.approx(4 * 2 * (2 * N - 333_333_333), rel=1e-8)
-    layers = 28 * LARGE.layer_parameters
-    assert traffic(replace(checkpointed, reuse_distance=0)).gathered == 4 * 2 * (2 * N + layers)
+    # The last of 28 is not computed again.
+    assert traffic(replace(checkpointed, reuse_distance=0)).gathered == 4 * 2 * (2 * N + 27 * LARGE.layer_parameters)
 
 
 def test_adapters_exchange_little_but_all_weights_are_gathered() -> None:
