@@ -130,37 +130,36 @@ class _Block(NamedTuple):
 
 
 def plan_attention(segments: Sequence[Segment], device: torch.device) -> AttentionPlan:
-    """Group segments, or blocks of them, into buckets of similar shape. Pure: depends on the segments alone.
+    """Group segments, on a CPU blocks of them, into buckets of similar shape. Pure: depends on its arguments alone.
 
     Those that see keys before their own, which need a mask, are kept apart: a causal kernel does half the work on GPUs.
     """
     blocks = [block for segment in segments for block in _blocks(segment, cut=device.type == "cpu")]
-    by_shape = sorted(range(len(blocks)), key=lambda index: (blocks[index].causal, *blocks[index].shape, index))
-    groups: list[list[int]] = []
+    blocks.sort(key=lambda block: (block.causal, *block.shape, block.query_start))
+    groups: list[list[_Block]] = []
     widest = deepest = needed = 0
-    for index in by_shape:
-        q, k = blocks[index].shape
+    for block in blocks:
+        q, k = block.shape
         grown_queries, grown_keys = max(widest, q), max(deepest, k)
         count = len(groups[-1]) + 1 if groups else 1
         padded = count * grown_queries * grown_keys
-        alike = bool(groups) and blocks[index].causal == blocks[groups[-1][0]].causal
+        alike = bool(groups) and block.causal == groups[-1][0].causal
         if alike and padded <= min(MAX_PADDING_RATIO * (needed + q * k), MAX_SCORES_PER_CALL):
-            groups[-1].append(index)
+            groups[-1].append(block)
             widest, deepest, needed = grown_queries, grown_keys, needed + q * k
         else:
-            groups.append([index])
+            groups.append([block])
             widest, deepest, needed = q, k, q * k
 
     buckets, queries, keys, rows, places, offset = [], [], [], [], [], 0
     for group in groups:
-        bucket, its_queries, its_keys = _bucket([blocks[index] for index in group])
+        bucket, its_queries, its_keys = _bucket(group, device)
         width = bucket.query_positions.shape[1]
-        for place, index in enumerate(group):
-            block = blocks[index]
+        for place, block in enumerate(group):
             rows.append(torch.arange(block.query_start, block.query_end))
             places.append(torch.arange(block.shape[0]) + offset + place * width)
         offset += len(group) * width
-        buckets.append(_to(bucket, device))
+        buckets.append(bucket)
         queries.append(its_queries)
         keys.append(its_keys)
     inverse = torch.empty(sum(map(len, rows)), dtype=torch.int64)
@@ -176,8 +175,8 @@ def _blocks(segment: Segment, *, cut: bool) -> Iterator[_Block]:
         yield _Block(start + first, start + last, prefix_start, prefix_end, key_start=start)
 
 
-def _bucket(blocks: Sequence[_Block]) -> tuple[Bucket, Tensor, Tensor]:
-    """With the rows that it takes queries and keys from: (n * Q,), (n * L,)."""
+def _bucket(blocks: Sequence[_Block], device: torch.device) -> tuple[Bucket, Tensor, Tensor]:
+    """With the rows that it takes queries and keys from: (n * Q,), (n * L,), not on the device yet."""
     n, (width, depth) = len(blocks), map(max, zip(*(block.shape for block in blocks), strict=True))
     queries, query_positions = torch.zeros(n, width, dtype=torch.int64), torch.full((n, width), -1)
     keys, key_positions = torch.zeros(n, depth, dtype=torch.int64), torch.full((n, depth), -1)
@@ -189,11 +188,8 @@ def _bucket(blocks: Sequence[_Block]) -> tuple[Bucket, Tensor, Tensor]:
         keys[row, :prefix] = torch.arange(block.prefix_start, block.prefix_end)
         keys[row, prefix:k], key_positions[row, :k] = torch.arange(block.key_start, block.query_end), torch.arange(k)
     causal = all(block.causal for block in blocks)
-    return Bucket(query_positions, key_positions, causal), queries.flatten(), keys.flatten()
-
-
-def _to(bucket: Bucket, device: torch.device) -> Bucket:
-    return Bucket(to_device(bucket.query_positions, device), to_device(bucket.key_positions, device), bucket.causal)
+    bucket = Bucket(to_device(query_positions, device), to_device(key_positions, device), causal)
+    return bucket, queries.flatten(), keys.flatten()
 
 
 def packed_attention(

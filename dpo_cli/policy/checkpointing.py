@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_cli.errors import ModelError
+from dpo_cli.policy.scored_rows import last_layer
 
 
 def enable_checkpointing(model: PreTrainedModel, *, every: int = 1, offload: bool = False) -> None:
@@ -33,6 +34,6 @@ def enable_checkpointing(model: PreTrainedModel, *, every: int = 1, offload: boo
             where="model.checkpoint_every, model.offload_checkpoints",
             hint="leave them out, or pip install -U transformers",
         ) from error
-    layers = getattr(model.get_decoder(), "layers", None)
-    if isinstance(layers, nn.ModuleList) and len(layers):
-        layers[-1].gradient_checkpointing = False  # type: ignore[assignment]
+    last = last_layer(model.get_decoder())
+    if isinstance(last, GradientCheckpointingLayer):
+        last.gradient_checkpointing = False

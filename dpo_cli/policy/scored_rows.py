@@ -19,16 +19,19 @@ def spare_unscored_rows(decoder: nn.Module) -> None:
     Calls without a plan are answered as before. Decoders that call these parts by other names are left as they are, and
     so are those that know already.
     """
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        return
-    attention, mlp = (getattr(layers[-1], name, None) for name in ("self_attn", "mlp"))
+    attention, mlp = (getattr(last_layer(decoder), name, None) for name in ("self_attn", "mlp"))
     if isinstance(attention, nn.Module) and isinstance(mlp, nn.Module) and not hasattr(mlp, _KNOWS):
         rows = _ScoredRows()
         setattr(mlp, _KNOWS, True)
         attention.register_forward_pre_hook(rows.learn, with_kwargs=True)
         mlp.register_forward_pre_hook(rows.select)
         mlp.register_forward_hook(rows.restore)
+
+
+def last_layer(decoder: nn.Module) -> nn.Module | None:
+    """None where a decoder calls its layers by another name."""
+    layers = getattr(decoder, "layers", None)
+    return layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
 
 
 class _ScoredRows:

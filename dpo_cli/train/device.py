@@ -15,7 +15,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes the GPU where there is one. Raises ConfigError for a GPU that was asked for and is not there."""
+    """`auto` takes the GPU where there is one; on a CPU freed memory is kept from here on, and DeepSpeed hears of it.
+
+    Raises ConfigError for a GPU that was asked for and is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

@@ -190,9 +190,11 @@ def losses_table(results: dict[str, dict[str, Any]], device: str) -> str:
 def work_table(results: dict[str, dict[str, Any]]) -> str:
     """What the timed steps have to compute, counted: the ratio that is there before anything is programmed well."""
     # How a step is computed, checkpointed or in bfloat16, does not change what there is to compute.
-    distinct = {str(result["work"]): name for name, result in reversed(results.items())}
+    distinct: dict[str, str] = {}
+    for name, result in results.items():
+        distinct.setdefault(str(result["work"]), name)
     rows = []
-    for name in reversed(distinct.values()):
+    for name in distinct.values():
         needed, padded = results[name]["work"]
         shown = (f"{gigaflops:,.0f}" for both in zip(needed, padded, strict=True) for gigaflops in both)
         rows.append([name, *shown, *(f"{theirs / ours:.2f}" for ours, theirs in zip(needed, padded, strict=True))])

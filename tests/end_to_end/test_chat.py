@@ -112,8 +112,8 @@ def test_a_conversation_on_a_terminal(place: Path, tiny_model: Path) -> None:
     outside, inside = pty.openpty()
     words = [sys.executable, "-m", "dpo_cli.cli.chat", str(chatty), "system=w0", "max_new_tokens=60"]
     talking = subprocess.Popen(
-        words, stdin=inside, stdout=inside, stderr=inside, start_new_session=True, env={**os.environ, "TERM": "dumb"},
-    )  # fmt: skip
+        words, stdin=inside, stdout=inside, stderr=inside, start_new_session=True, env={**os.environ, "TERM": "dumb"}
+    )
     os.close(inside)
     unread = ""
 
