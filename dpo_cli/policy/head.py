@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from dpo_cli.errors import ModelError
 from dpo_cli.losses.types import Statistic, Statistics
+from dpo_cli.policy.products import multiply_into
 
 # Large enough for the matrix product to run at full speed, small enough to be forgotten next to the activations. So
 # much of a softmax is also kept for the backward pass instead of being computed again.
@@ -150,7 +151,7 @@ class _Buffers:
         """Transformed logits of a chunk's hidden states (tokens, hidden), ours to change in place."""
         logits = self.take(name, len(hidden))
         if hidden.dtype == logits.dtype and weight.dtype == logits.dtype:
-            torch.mm(hidden, weight.T, out=logits)
+            multiply_into(logits, hidden, weight)
             if bias is not None:
                 logits.add_(bias)
         else:

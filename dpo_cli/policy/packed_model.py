@@ -15,6 +15,7 @@ from dpo_cli.losses.types import Statistic
 from dpo_cli.policy.attention import RowPlan, packing
 from dpo_cli.policy.attention_routes import PLAIN, AttentionRoute
 from dpo_cli.policy.head import LogitTransform, TokenScores, install_scoring_head
+from dpo_cli.policy.products import teach_linear_layers
 from dpo_cli.policy.scored_rows import spare_unscored_rows
 
 
@@ -41,7 +42,9 @@ class PackedModel(nn.Module):
         spare_unscored_rows(model.get_decoder())
         self.attention = attention
         self.pad_rows_to = pad_rows_to
-        install_scoring_head(model.get_output_embeddings(), LogitTransform.of(model.config), chunk_tokens=chunk_tokens)
+        head = model.get_output_embeddings()
+        install_scoring_head(head, LogitTransform.of(model.config), chunk_tokens=chunk_tokens)
+        teach_linear_layers(model, but=head)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,93 @@
+"""On a CPU, large float32 products with weights through oneDNN.
+
+torch takes float32 products from MKL, which on processors that are not Intel's reaches 60 to 80% of the speed of
+oneDNN, a part of every build of torch, with the same shapes (docs/performance.md). bfloat16 goes through oneDNN anyway,
+and GPUs have libraries of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# oneDNN makes a kernel for every new shape, which takes it half a millisecond: below this nothing is gained.
+_LEAST_OPERATIONS = 2e8
+# It has no way to write where it is told to: results that are too large to be made twice are made in parts of so many
+# columns and copied.
+_PART = 4096
+
+
+def teach_linear_layers(model: nn.Module, *, but: nn.Module) -> None:
+    """Have a model's plain linear layers, all but one, compute what suits through oneDNN."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module is not but:
+            module.__class__ = _Linear
+
+
+def multiply_into(out: Tensor, inputs: Tensor, weight: Tensor) -> None:
+    """out = inputs @ weight^T: (T, out) of (T, in) and (out, in); not differentiable."""
+    if not _suits(inputs, weight):
+        torch.mm(inputs, weight.T, out=out)
+        return
+    for part in range(0, len(weight), _PART):
+        out[:, part : part + _PART] = _product(inputs, weight[part : part + _PART])
+
+
+def _suits(inputs: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN takes this product, and is faster."""
+    return (
+        weight.device.type == "cpu"
+        and inputs.dtype == weight.dtype == torch.float32
+        and 2 * inputs.numel() * len(weight) >= _LEAST_OPERATIONS
+        # Not a public operator; without it torch's own products are as right.
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """inputs @ weight^T + bias: (..., out) of (..., in) and (out, in)."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    return found
+
+
+class _Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if not _suits(input, self.weight):
+            return super().forward(input)
+        output: Tensor = _Product.apply(input, self.weight, self.bias)
+        return output
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return _product(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        wants_inputs, wants_weight, wants_bias = ctx.needs_input_grad
+        rows, its_grad = inputs.flatten(0, -2), grad.flatten(0, -2)
+        return (
+            _product(grad, weight.T) if wants_inputs else None,
+            _weight_gradient(its_grad, rows) if wants_weight else None,
+            its_grad.sum(0) if wants_bias else None,
+        )
+
+
+def _weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
+    """grad^T @ rows: (out, in) of (T, out) and (T, in).
+
+    oneDNN wants the left factor turned over in memory, which pays where that is by far the narrower of the two.
+    """
+    if 2 * grad.shape[1] <= rows.shape[1]:
+        return _product(grad.T.contiguous(), rows.T)
+    if 2 * rows.shape[1] <= grad.shape[1]:
+        return _product(rows.T.contiguous(), grad.T).T.contiguous()
+    return grad.T @ rows

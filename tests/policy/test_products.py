@@ -1,0 +1,95 @@
+"""Large float32 products on a CPU: what oneDNN gives is what torch's own product gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dpo_cli.policy import products
+from dpo_cli.policy.products import multiply_into, teach_linear_layers
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of weights, or of what stands in their place, that oneDNN was asked for."""
+    shapes: list[tuple[int, ...]] = []
+    plain = products._product
+
+    def told(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append(tuple(weight.shape))
+        return plain(inputs, weight, bias)
+
+    monkeypatch.setattr(products, "_product", told)
+    return shapes
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("columns", "rows"), [(300, 320), (160, 640), (640, 160)])
+def test_outputs_and_gradients_are_those_of_float64(
+    asked: list[tuple[int, ...]], columns: int, rows: int, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(columns, rows, bias=bias))
+    oracle = nn.Linear(columns, rows, bias=bias, dtype=torch.float64)
+    oracle.load_state_dict(layer[0].state_dict())
+    teach_linear_layers(layer, but=nn.Identity())
+    inputs, upstream = torch.randn(1, 1111, columns, requires_grad=True), torch.randn(1, 1111, rows)
+    exact = inputs.detach().double().requires_grad_()
+
+    layer(inputs).backward(upstream)
+    oracle(exact).backward(upstream.double())
+
+    assert len(asked) == 2 + (columns != 300)
+    torch.testing.assert_close(layer(inputs).double(), oracle(exact), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inputs.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(layer.parameters(), oracle.parameters(), strict=True):
+        assert found.grad is not None and wanted.grad is not None and found.grad.is_contiguous()
+        torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-5, atol=2e-4)
+
+
+def test_only_gradients_that_are_wanted_are_computed(asked: list[tuple[int, ...]]) -> None:
+    layer = nn.Sequential(nn.Linear(512, 512))
+    teach_linear_layers(layer, but=nn.Identity())
+    layer.requires_grad_(False)
+    layer(torch.randn(1000, 512, requires_grad=True)).sum().backward()
+    assert len(asked) == 2 and layer[0].weight.grad is None
+    with torch.no_grad():
+        layer(torch.randn(1000, 512))
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [(torch.float32, 10), (torch.bfloat16, 1000), (torch.float64, 1000)], ids=str
+)
+def test_other_products_are_left_to_torch(asked: list[tuple[int, ...]], dtype: torch.dtype, tokens: int) -> None:
+    layer = nn.Sequential(nn.Linear(512, 512, dtype=dtype))
+    inputs = torch.randn(tokens, 512, dtype=dtype)
+    before = layer(inputs)
+    teach_linear_layers(layer, but=nn.Identity())
+    assert torch.equal(layer(inputs), before)
+    assert not asked
+
+
+def test_the_head_and_layers_of_other_kinds_are_left_alone() -> None:
+    class Other(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"layer": nn.Linear(2, 2), "other": Other(2, 2), "head": nn.Linear(2, 2)})
+    teach_linear_layers(model, but=model["head"])
+    assert [type(module) is nn.Linear for module in model.values()] == [False, False, True]
+    assert type(model["other"]) is Other and isinstance(model["layer"], nn.Linear)
+
+
+def test_a_product_is_made_in_parts_and_written_where_it_belongs(asked: list[tuple[int, ...]]) -> None:
+    inputs, weight, out = torch.randn(100, 128), torch.randn(10_000, 128), torch.full((100, 10_000), torch.nan)
+    multiply_into(out, inputs, weight)
+    torch.testing.assert_close(out.double(), inputs.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
+    assert asked == [(4096, 128), (4096, 128), (10_000 - 2 * 4096, 128)]
+
+
+def test_without_the_operator_torch_multiplies(asked: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    inputs, weight, out = torch.randn(1000, 512), torch.randn(512, 512), torch.empty(1000, 512)
+    multiply_into(out, inputs, weight)
+    assert torch.equal(out, inputs @ weight.T) and not asked
