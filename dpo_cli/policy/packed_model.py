@@ -15,7 +15,7 @@ from dpo_cli.losses.types import Statistic
 from dpo_cli.policy.attention import RowPlan, packing
 from dpo_cli.policy.attention_routes import PLAIN, AttentionRoute
 from dpo_cli.policy.head import LogitTransform, TokenScores, install_scoring_head
-from dpo_cli.policy.products import teach_linear_layers
+from dpo_cli.policy.products import keep_few_kernels, teach_linear_layers
 from dpo_cli.policy.scored_rows import spare_unscored_rows
 
 
@@ -45,6 +45,8 @@ class PackedModel(nn.Module):
         head = model.get_output_embeddings()
         install_scoring_head(head, LogitTransform.of(model.config), chunk_tokens=chunk_tokens)
         teach_linear_layers(model, but=head)
+        if self.device.type == "cpu":
+            keep_few_kernels(model.dtype)
 
     @property
     def device(self) -> torch.device:

@@ -7,6 +7,7 @@ and GPUs have libraries of their own.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -15,9 +16,21 @@ from torch.autograd.function import once_differentiable
 
 # oneDNN makes a kernel for every new shape, which takes it half a millisecond: below this nothing is gained.
 _LEAST_OPERATIONS = 2e8
+# How many of them it keeps: what a layer uses, forward and backward; with bfloat16 attention asks for many small ones.
+_KEPT_KERNELS = {torch.float32: 8, torch.bfloat16: 96}
 # It has no way to write where it is told to: results that are too large to be made twice are made in parts of so many
 # columns and copied.
 _PART = 4096
+
+
+def keep_few_kernels(dtype: torch.dtype) -> None:
+    """How many kernels oneDNN keeps, for weights of this type; to be called before it has made one.
+
+    A kernel is a megabyte or two of code for one shape, and packed rows hardly ever have the same length twice: of the
+    1,024 that it keeps by default most are never used again, and take gigabytes after some hundred steps.
+    """
+    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, str(_KEPT_KERNELS.get(dtype, max(_KEPT_KERNELS.values()))))
 
 
 def teach_linear_layers(model: nn.Module, *, but: nn.Module) -> None:

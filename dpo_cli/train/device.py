@@ -12,12 +12,10 @@ from dpo_cli.errors import ConfigError
 
 # malloc.h's names of what `mallopt` sets.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# As many as a layer's forward and backward pass use.
-_KEPT_KERNELS = 16
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes the GPU where there is one. DeepSpeed hears of it; on a CPU `spare_memory` follows.
+    """`auto` takes the GPU where there is one. DeepSpeed hears of it; on a CPU freed memory is kept from here on.
 
     Raises ConfigError for a GPU that was asked for and is not there.
     """
@@ -30,27 +28,21 @@ def choose_device(name: str) -> torch.device:
             hint="hardware.device=auto takes the CPU then; nvidia-smi tells whether the driver sees the GPU",
         )
     if name == "cpu":
-        spare_memory()
+        keep_freed_memory()
     # Libraries that import DeepSpeed when it is installed make it look for accelerators, and talk about it.
     os.environ.setdefault("DS_ACCELERATOR", name)
     return torch.device(name)
 
 
-def spare_memory() -> None:
-    """How this process holds memory of a CPU from here on; to be called before anything is computed.
+def keep_freed_memory() -> None:
+    """Have malloc keep what tensors of up to 32 MiB leave, for the next ones: every page given back is zeroed anew.
 
-    malloc keeps what tensors of up to 32 MiB leave, for the next ones: every page that is given back has to be zeroed
-    anew, which is 2 to 5% of a step. The most that a process holds stays what it was. Only glibc's malloc is told so.
-
-    oneDNN keeps few kernels. It makes one for every new shape, some megabytes of code, and packed rows hardly ever have
-    the same length twice: by default it keeps 1,024 of them, gigabytes after some hundred steps.
+    Of a step on a CPU that is 2 to 5%; the most that a process holds stays what it was. Only glibc's malloc is told so.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 2**25)
         mallopt(_TRIM_THRESHOLD, 2**30)
-    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, str(_KEPT_KERNELS))
 
 
 def describe(device: torch.device, ranks: int = 1) -> str:

@@ -6,7 +6,8 @@
 
 First step: from the command until the first step of a whole epoch of the embedded example is done, and logged; cold is
 without prepared data and reference log-probs, warm with both. TRL's side is a short script with the same folder, data
-and settings, and with precomputed log-probs too, which it finds again in its cache when warm.
+and settings, and with precomputed log-probs too, which it finds again in its cache when warm. "Imports alone" is a
+process that imports torch and a model class of transformers, which both sides have to.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from step_cases import QUICK, StepCase, pairs_of, save
 CASES = {
     "help": "< 1 s",
     "config error": "< 1.5 s",
+    "imports alone": "",
     "first step, cold": "",
     "first step, warm": "at most half of TRL's",
     "first step of a resumed run": "",
@@ -101,6 +103,7 @@ def main() -> None:
         cases: dict[str, dict[str, Callable[[], Run]]] = {
             "help": {"ours": starts.help},
             "config error": {"ours": starts.config_error},
+            "imports alone": {"ours": starts.imports},
             "first step, cold": {"ours": starts.ours_cold, "trl": starts.trl_cold},
             "first step, warm": {"ours": starts.ours_warm, "trl": starts.trl_warm},
             "first step of a resumed run": {"ours": starts.ours_resumed, "trl": starts.trl_resumed},

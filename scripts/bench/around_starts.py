@@ -40,6 +40,10 @@ class Starts:
     def config_error(self) -> Run:
         return self._ended(["dpo-train", "los=dpo", "loss.beta=-1"], code=2)
 
+    def imports(self) -> Run:
+        """What no start can do without: the library, and a model's class."""
+        return self._ended(["python", "-c", "import torch; from transformers import Qwen2ForCausalLM"], code=0)
+
     def ours_cold(self) -> Run:
         shutil.rmtree(self.scratch / "store", ignore_errors=True)
         return self._first_step(["save_every=0"], self._new("run"))

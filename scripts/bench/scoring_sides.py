@@ -36,9 +36,9 @@ def ours(case: StepCase, pairs: list[Pair], folder: str) -> Pass:
     from dpo_cli.reference.identity import ModelIdentity
     from dpo_cli.reference.score import reference_sums
     from dpo_cli.reference.store import open_store
-    from dpo_cli.train.device import spare_memory
+    from dpo_cli.train.device import keep_freed_memory
 
-    spare_memory()
+    keep_freed_memory()
     packed = PackedModel(packed_model_of(case))
     examples = examples_of(pairs)
     # As many batches as the others have, within rounding: none larger than their largest.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,3 +97,27 @@ def test_without_the_operator_torch_multiplies(asked: list[tuple[int, ...]], mon
     inputs, weight, out = torch.randn(1000, 512), torch.randn(512, 512), torch.empty(1000, 512)
     multiply_into(out, inputs, weight)
     assert torch.equal(out, inputs @ weight.T) and not asked
+
+
+_ROWS_OF_MANY_LENGTHS = """
+import torch
+from dpo_cli.policy.products import keep_few_kernels
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
+keep_few_kernels(torch.bfloat16)
+weight = torch.randn(512, 256, dtype=torch.bfloat16)
+for length in range(500, 850):
+    torch.randn(length, 256, dtype=torch.bfloat16) @ weight.T
+    if length == 650:
+        before = resident()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+def test_kernels_for_rows_of_many_lengths_do_not_pile_up() -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", _ROWS_OF_MANY_LENGTHS], check=True, capture_output=True, text=True, timeout=300
+    )
+    # 200 more kernels take 200 MiB.
+    assert float(told.stdout) < 40
