@@ -87,12 +87,13 @@ def main() -> None:
     cases = {name: SCORED[name] for name in options.case or SCORED}
     if options.quick:
         cases = {"quick": scored(QUICK, batches=2)}
+    pairs = {name: pairs_of(case, options.real_data) for name, case in cases.items()}
     with tempfile.TemporaryDirectory() as folder:
 
         def side_of(name: str, side: str) -> Run:
             file = Path(folder) / f"{name}.json"
             if not file.exists():
-                save(cases[name], pairs_of(cases[name], options.real_data), file)
+                save(cases[name], pairs[name], file)
             return run_fresh("scoring_sides.py", side, str(file), threads=options.threads)
 
         results = measure_by_turns(
