@@ -44,9 +44,9 @@ class PackedModel(nn.Module):
         self.pad_rows_to = pad_rows_to
         head = model.get_output_embeddings()
         install_scoring_head(head, LogitTransform.of(model.config), chunk_tokens=chunk_tokens)
-        teach_linear_layers(model, but=head)
         if self.device.type == "cpu":
             keep_few_kernels(model.dtype)
+            teach_linear_layers(model, but=head)
 
     @property
     def device(self) -> torch.device:

@@ -71,11 +71,11 @@ class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not _suits(input, self.weight):
             return super().forward(input)
-        output: Tensor = _Product.apply(input, self.weight, self.bias)
+        output: Tensor = _ProductWithGradients.apply(input, self.weight, self.bias)
         return output
 
 
-class _Product(torch.autograd.Function):
+class _ProductWithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs, weight)

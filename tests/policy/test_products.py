@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 import sys
 
@@ -100,24 +99,24 @@ def test_without_the_operator_torch_multiplies(asked: list[tuple[int, ...]], mon
 
 
 _ROWS_OF_MANY_LENGTHS = """
+import resource
 import torch
 from dpo_cli.policy.products import keep_few_kernels
-def resident():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 keep_few_kernels(torch.bfloat16)
 weight = torch.randn(512, 256, dtype=torch.bfloat16)
 for length in range(500, 850):
     torch.randn(length, 256, dtype=torch.bfloat16) @ weight.T
     if length == 650:
-        before = resident()
-print(resident() - before)
+        before = peak()
+print(peak() / before)
 """
 
 
-@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
 def test_kernels_for_rows_of_many_lengths_do_not_pile_up() -> None:
     told = subprocess.run(
         [sys.executable, "-c", _ROWS_OF_MANY_LENGTHS], check=True, capture_output=True, text=True, timeout=300
     )
-    # 200 more kernels take 200 MiB.
-    assert float(told.stdout) < 40
+    # Nothing is added; with the default it is 1.14 times as much.
+    assert float(told.stdout) < 1.05
