@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dpo_cli.cli.answers import answer
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.cli.command import OPTIONS
+from dpo_cli.cli.heavy_imports import heavy_imports
 from dpo_cli.cli.train import exit_code_of, show_settings
 from dpo_cli.errors import ConfigError
 
@@ -63,7 +64,8 @@ def _dispatch(words: list[str]) -> None:
                 hint=f'{_PROGRAM} RUN "your question"',
             )
     # Only here, with the configuration checked, is torch imported.
-    from dpo_cli.evaluation.chat import chat
+    with heavy_imports(deepspeed=False):
+        from dpo_cli.evaluation.chat import chat
 
     chat(config, question)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.cli.answers import answer
 from dpo_cli.cli.arguments import Arguments, parse_arguments
+from dpo_cli.cli.heavy_imports import heavy_imports
 from dpo_cli.cli.train import exit_code_of, show_settings
 from dpo_cli.engine.environment import is_worker, stop_seconds
 from dpo_cli.errors import ConfigError, Interrupted
@@ -59,11 +60,13 @@ class Command:
     def run(self, config: Any, work: Path, *, ranks: Ranks | None = None) -> None:
         """Compute, in this process or as one of `ranks`. Only here is torch imported."""
         if self.config_name == "sample":
-            from dpo_cli.evaluation.sample import run_sample
+            with heavy_imports(deepspeed=ranks is not None):
+                from dpo_cli.evaluation.sample import run_sample
 
             run_sample(config, work, ranks=ranks)
             return
-        from dpo_cli.evaluation.evaluate import run_eval
+        with heavy_imports(deepspeed=ranks is not None):
+            from dpo_cli.evaluation.evaluate import run_eval
 
         run_eval(config, work, ranks=ranks)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.cli.answers import answer
 from dpo_cli.cli.arguments import Arguments, parse_arguments
 from dpo_cli.cli.command import OPTIONS
+from dpo_cli.cli.heavy_imports import heavy_imports
 from dpo_cli.cli.train import exit_code_of, show_settings
 from dpo_cli.errors import ConfigError
 
@@ -76,7 +77,8 @@ def _check(arguments: Arguments) -> None:
         show_settings(config.as_dict())
         return
     # Only here, with the configuration checked, is torch imported.
-    from dpo_cli.inspection.check import check_data
+    with heavy_imports(deepspeed=False):
+        from dpo_cli.inspection.check import check_data
 
     check_data(config)
 

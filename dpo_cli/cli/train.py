@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dpo_cli.cli.answers import answer, installed_version
 from dpo_cli.cli.arguments import Arguments, parse_arguments
+from dpo_cli.cli.heavy_imports import heavy_imports
 from dpo_cli.config.secrets import mask_tokens
 from dpo_cli.engine.environment import is_worker
 from dpo_cli.engine.screen import LOG, LoggedBug, screen_to_ourselves
@@ -216,7 +217,8 @@ def _train(config: Config, *, before: Callable[[], None] | None = None) -> None:
             return
         with screen_to_ourselves(folder / LOG, level=config.log_level):
             # Only here, with the configuration checked, is torch imported.
-            from dpo_cli.train.run import run_training
+            with heavy_imports(deepspeed=False):
+                from dpo_cli.train.run import run_training
 
             run_training(config, run_dir=folder)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dpo_cli.cli.arguments import Arguments, parse_arguments
+from dpo_cli.cli.heavy_imports import heavy_imports
 from dpo_cli.cli.run_folder import exclusive, read_saved_run, sharing
 from dpo_cli.cli.train import dispatch, exit_code_of, report
 from dpo_cli.config.loss_signature import import_path_includes
@@ -28,11 +29,12 @@ from dpo_cli.train.stop import StopRequest
 
 def train_as_worker(config: Config, run_dir: Path) -> None:
     """What every rank does, in a process that was just started as one."""
-    from dpo_cli.engine.backend import process_group
-    from dpo_cli.engine.rendezvous import hand_over
-    from dpo_cli.train.device import choose_device
-    from dpo_cli.train.run import run_training
-    from dpo_cli.train.run_data import fill_cache
+    with heavy_imports(deepspeed=True):
+        from dpo_cli.engine.backend import process_group
+        from dpo_cli.engine.rendezvous import hand_over
+        from dpo_cli.train.device import choose_device
+        from dpo_cli.train.run import run_training
+        from dpo_cli.train.run_data import fill_cache
 
     def prepare() -> str:
         fill_cache(config)

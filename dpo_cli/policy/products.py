@@ -1,13 +1,14 @@
-"""On a CPU, large float32 products with weights through oneDNN.
+"""On a CPU with AVX-512, large float32 products with weights through oneDNN.
 
-torch takes float32 products from MKL, which on processors that are not Intel's reaches 60 to 80% of the speed of
-oneDNN, a part of every build of torch, with the same shapes (docs/performance.md). bfloat16 goes through oneDNN anyway,
-and GPUs have libraries of their own.
+torch takes float32 products from MKL, which leaves AVX-512 alone on processors that are not Intel's, and there reaches
+60 to 80% of the speed of oneDNN, a part of every build of torch, with the same shapes; with AVX2 it is MKL that is
+faster (docs/performance.md). bfloat16 goes through oneDNN anyway, and GPUs have libraries of their own.
 """
 
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,8 +56,16 @@ def _suits(inputs: Tensor, weight: Tensor) -> bool:
         weight.device.type == "cpu"
         and inputs.dtype == weight.dtype == torch.float32
         and 2 * inputs.numel() * len(weight) >= _LEAST_OPERATIONS
-        # Not a public operator; without it torch's own products are as right.
+        and _onednn_is_faster()
+    )
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    return (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()
+        # Not a public operator; without it torch's own products are as right.
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 
+from dpo_cli.cli.heavy_imports import heavy_imports
 from dpo_cli.cli.help import help_text
 from dpo_cli.cli.train import main
 from dpo_cli.config.shipped import GROUPS, choices, shipped_files
@@ -48,6 +51,32 @@ def test_a_quick_answer_imports_nothing_heavy(words: list[str], code: int, folde
     seconds = time.perf_counter() - started
     assert done.stderr.splitlines()[-1] == str(code)
     assert seconds < SECONDS
+
+
+_IMPORT_HEAVILY = """
+import gc, importlib.util, json, sys
+from dpo_cli.cli.heavy_imports import heavy_imports
+with heavy_imports(deepspeed=False):
+    during = gc.isenabled(), importlib.util.find_spec("deepspeed") is None
+    import dpo_cli.train.run
+print(json.dumps([*during, gc.isenabled(), "deepspeed" in sys.modules, gc.get_freeze_count()]))
+import deepspeed
+"""
+
+
+def test_training_in_one_process_imports_no_deepspeed_and_collects_no_garbage_meanwhile() -> None:
+    told = subprocess.run([sys.executable, "-c", _IMPORT_HEAVILY], capture_output=True, text=True, check=True)
+    collecting, hidden, collects, imported, frozen = json.loads(told.stdout.splitlines()[0])
+    assert not collecting and hidden
+    assert collects and not imported and frozen > 100_000
+
+
+def test_what_is_imported_already_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = ModuleType("deepspeed")
+    monkeypatch.setitem(sys.modules, "deepspeed", imported)
+    with heavy_imports(deepspeed=False):
+        assert sys.modules["deepspeed"] is imported
+    assert sys.modules["deepspeed"] is imported
 
 
 @pytest.mark.parametrize("command", [["dpo-train"], ["-m", "dpo_cli"]])

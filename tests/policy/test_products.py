@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,18 @@ from dpo_cli.policy import products
 from dpo_cli.policy.products import multiply_into, teach_linear_layers
 
 
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    """What this processor is like is asked in every test, and after the last."""
+    products._onednn_is_faster.cache_clear()
+    yield
+    products._onednn_is_faster.cache_clear()
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of weights, or of what stands in their place, that oneDNN was asked for."""
+    """The shapes of weights, or of what stands in their place, that oneDNN was asked for, as if there were AVX-512."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     shapes: list[tuple[int, ...]] = []
     plain = products._product
 
@@ -91,8 +102,14 @@ def test_a_product_is_made_in_parts_and_written_where_it_belongs(asked: list[tup
     assert asked == [(4096, 128), (4096, 128), (10_000 - 2 * 4096, 128)]
 
 
-def test_without_the_operator_torch_multiplies(asked: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+@pytest.mark.parametrize(
+    ("where", "name", "answer"),
+    [(torch.backends.mkldnn, "is_available", False), (torch.backends.cpu, "get_cpu_capability", "AVX2")],
+)
+def test_torch_multiplies_without_the_operator_and_without_avx512(
+    asked: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, where: Any, name: str, answer: object
+) -> None:
+    monkeypatch.setattr(where, name, lambda: answer)
     inputs, weight, out = torch.randn(1000, 512), torch.randn(512, 512), torch.empty(1000, 512)
     multiply_into(out, inputs, weight)
     assert torch.equal(out, inputs @ weight.T) and not asked
