@@ -24,6 +24,8 @@ from dpo_cli.policy.products import multiply_into
 CHUNK_BYTES = 64 * 2**20
 # A larger chunk of a small vocabulary gains nothing more, and on a CPU falls out of the cache between its passes.
 CHUNK_TOKENS = 512
+# Columns that are searched for a largest logit at a time.
+_BLOCK = 128
 
 
 class TokenScores(NamedTuple):
@@ -117,6 +119,23 @@ def _row_dots(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left[:, None], right[:, :, None])[:, 0, 0]
 
 
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit and the first place it stands at, as `logits.max(-1)`: both (tokens,).
+
+    Places are looked for in one block of columns a row: with them `max` is five to ten times as slow as `amax`.
+    """
+    columns = logits.shape[1]
+    blocks = columns // _BLOCK
+    whole = blocks * _BLOCK
+    peaks = logits[:, :whole].unflatten(1, (blocks, _BLOCK)).amax(-1)
+    if whole < columns:
+        peaks = torch.cat((peaks, logits[:, whole:].amax(-1, keepdim=True)), dim=1)
+    start = peaks.argmax(-1, keepdim=True) * _BLOCK
+    places = start + torch.arange(_BLOCK, device=logits.device)
+    largest, place = logits.gather(1, places.clamp_(max=columns - 1)).max(-1, keepdim=True)
+    return largest[:, 0], (start + place)[:, 0]
+
+
 def _entropy(chunk: _Chunk) -> Tensor:
     # A vocabulary entry that is masked out has probability zero, and 0 * -inf would be NaN.
     shifted = chunk.shifted.clamp_(min=torch.finfo(chunk.shifted.dtype).min)
@@ -191,7 +210,7 @@ class _ChunkedLogps(torch.autograd.Function):
         buffers, places = _Buffers(min(chunk, tokens), len(weight), dtype, hidden.device), max(1, kept)
         for number, part in enumerate(_chunks(tokens, chunk)):
             logits = buffers.logits("logits", hidden[part], weight, bias, transform)
-            largest, best = logits.max(-1)
+            largest, best = _largest(logits)
             shifted = logits.sub_(largest[:, None])
             exps = torch.exp(shifted, out=buffers.take(number % places, len(shifted)))
             norm = exps.sum(-1)

@@ -30,8 +30,8 @@ def keep_few_kernels(dtype: torch.dtype) -> None:
     A kernel is a megabyte or two of code for one shape, and packed rows hardly ever have the same length twice: of the
     1,024 that it keeps by default most are never used again, and take gigabytes after some hundred steps.
     """
-    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, str(_KEPT_KERNELS.get(dtype, max(_KEPT_KERNELS.values()))))
+    for variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, str(_KEPT_KERNELS.get(dtype, max(_KEPT_KERNELS.values()))))
 
 
 def teach_linear_layers(model: nn.Module, *, but: nn.Module) -> None:

@@ -143,6 +143,18 @@ def test_statistics_are_those_of_the_full_distribution(name: str) -> None:
     assert PackedModel(build(name))(pack(rows)).statistics == {}
 
 
+@pytest.mark.parametrize("columns", [1, 67, 128, 129, 1000])
+def test_the_largest_logit_is_found_where_torch_finds_it(columns: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50, columns).mul_(3).round_()  # many are equal, and the first of them counts
+    logits[0, columns // 2] = torch.nan
+    logits[1] = -torch.inf
+    values, places = logits.max(-1)
+    found, found_places = head._largest(logits)
+    torch.testing.assert_close(found, values, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found_places, places)
+
+
 def test_tied_embeddings_get_the_gradient_of_both_their_uses() -> None:
     model = build("qwen2-tied")
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
