@@ -49,6 +49,7 @@ class PackedRow:
 
     input_ids, position_ids: (T,) int64.
     segments: who attends to whom; their queries cover the row exactly once, in order.
+    scored_segments: the same of the rows in `scored` alone, which are all that the last layer needs.
     predictors: (R,) index into the row of the position that predicts each response token.
     scored: (S,) ascending, the distinct ones of `predictors`.
     targets: (R,) ids of the response tokens, response after response.
@@ -60,6 +61,7 @@ class PackedRow:
     input_ids: Tensor
     position_ids: Tensor
     segments: tuple[Segment, ...]
+    scored_segments: tuple[Segment, ...]
     predictors: Tensor
     scored: Tensor
     targets: Tensor
@@ -79,6 +81,7 @@ class PackedRow:
             input_ids=move(self.input_ids),
             position_ids=move(self.position_ids),
             segments=self.segments,
+            scored_segments=self.scored_segments,
             predictors=move(self.predictors),
             scored=move(self.scored),
             targets=move(self.targets),
@@ -96,6 +99,7 @@ def pack(examples: Sequence[PromptWithResponses], *, first_responses: int | None
     inputs: list[NDArray[np.int32]] = []
     positions: list[NDArray[np.int64]] = []
     segments: list[Segment] = []
+    scored_segments: list[Segment] = []
     predictors: list[NDArray[np.int64]] = []
     scored: list[NDArray[np.int64]] = []
     targets: list[NDArray[np.int32]] = []
@@ -117,8 +121,10 @@ def pack(examples: Sequence[PromptWithResponses], *, first_responses: int | None
             # The first response continues its prompt in one causal segment; the others look back at it as a prefix.
             if number == 0:
                 segments.append(Segment(prompt_start, cursor, prompt_start, prompt_start))
+                scored_segments.append(Segment(prompt_end - 1, cursor, prompt_start, prompt_end - 1))
             elif len(response) > 1:
                 segments.append(Segment(start, cursor, prompt_start, prompt_end))
+                scored_segments.append(segments[-1])
             predictors.append(np.concatenate(([prompt_end - 1], np.arange(start, cursor))))
             targets.append(response)
             if weighted:
@@ -133,6 +139,7 @@ def pack(examples: Sequence[PromptWithResponses], *, first_responses: int | None
         input_ids=_int64(inputs),
         position_ids=_int64(positions),
         segments=tuple(segments),
+        scored_segments=tuple(scored_segments),
         predictors=_int64(predictors),
         scored=_int64(scored),
         targets=_int64(targets),

@@ -46,10 +46,15 @@ class RowAttention(Protocol):
 
 @dataclass(frozen=True)
 class RowPlan:
-    """What every layer is told of a packed row. scored: (S,) ascending, the rows that predict a response token."""
+    """What every layer is told of a packed row.
+
+    scored: (S,) ascending, the rows that predict a response token. scored_attention: how these are attended to, where
+        nobody looks at the others; what it gives for those is of no meaning.
+    """
 
     attention: RowAttention
     scored: Tensor
+    scored_attention: RowAttention
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class AttentionPlan:
 
     queries, keys: rows of the packed row that the buckets take, bucket after bucket; padding repeats row 0 and is never
         looked at. Gathered at once: a gather for every bucket would have a gradient as large as the row for each.
-    inverse: (T,) where in the concatenated bucket outputs each row of the packed row lies.
+    inverse: (T,) where in the concatenated bucket outputs each row of the packed row lies; a row that no bucket has for
+        a query gets some other's.
     """
 
     buckets: tuple[Bucket, ...]
@@ -129,9 +135,10 @@ class _Block(NamedTuple):
         return queries == keys
 
 
-def plan_attention(segments: Sequence[Segment], device: torch.device) -> AttentionPlan:
+def plan_attention(segments: Sequence[Segment], device: torch.device, *, tokens: int | None = None) -> AttentionPlan:
     """Group segments, on a CPU blocks of them, into buckets of similar shape. Pure: depends on its arguments alone.
 
+    tokens: of the row, where its segments leave some out.
     Those that see keys before their own, which need a mask, are kept apart: a causal kernel does half the work on GPUs.
     """
     blocks = [block for segment in segments for block in _blocks(segment, cut=device.type == "cpu")]
@@ -162,7 +169,7 @@ def plan_attention(segments: Sequence[Segment], device: torch.device) -> Attenti
         buckets.append(bucket)
         queries.append(its_queries)
         keys.append(its_keys)
-    inverse = torch.empty(sum(map(len, rows)), dtype=torch.int64)
+    inverse = torch.zeros(tokens or sum(map(len, rows)), dtype=torch.int64)
     inverse[torch.cat(rows)] = torch.cat(places)
     return AttentionPlan(
         tuple(buckets), *(to_device(rows, device) for rows in (torch.cat(queries), torch.cat(keys), inverse))

@@ -7,16 +7,16 @@ beside the plain route. What is missing, too old or wrong on this GPU is passed 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_cli.batch.layout import Segment
+from dpo_cli.batch.layout import PackedRow, Segment
 from dpo_cli.errors import ModelError
-from dpo_cli.policy.attention import RowAttention, plan_attention
+from dpo_cli.policy.attention import RowAttention, RowPlan, plan_attention
 from dpo_cli.policy.flex_attention import plan_flex
 from dpo_cli.policy.varlen_attention import flash_attn_call, plan_varlen, torch_varlen_call
 
@@ -27,15 +27,27 @@ PlanRow = Callable[[Sequence[Segment], torch.device], RowAttention]
 class AttentionRoute:
     """name: what the reference store records; log-probs of different routes differ in their last bits.
 
-    plan: how a row of given segments is attended to. told: for the screen; None where there was nothing to choose.
+    plan: how a row of given segments is attended to. plan_scored: how the scored rows alone are; None: with all others.
+    told: for the screen; None where there was nothing to choose.
     """
 
     name: str
     plan: PlanRow
+    plan_scored: Callable[[PackedRow, torch.device], RowAttention] | None = None
     told: str | None = None
 
+    def plan_row(self, row: PackedRow, device: torch.device) -> RowPlan:
+        """For all layers of a model. The row is on the device."""
+        attention = self.plan(row.segments, device)
+        scored = attention if self.plan_scored is None else self.plan_scored(row, device)
+        return RowPlan(attention, row.scored, scored)
 
-PLAIN = AttentionRoute("packed-sdpa", plan_attention)
+
+def _plan_scored(row: PackedRow, device: torch.device) -> RowAttention:
+    return plan_attention(row.scored_segments, device, tokens=len(row.input_ids))
+
+
+PLAIN = AttentionRoute("packed-sdpa", plan_attention, _plan_scored)
 _PLAIN_WORDS = "scaled_dot_product_attention, segment by segment"
 
 
@@ -103,9 +115,9 @@ def choose_attention(name: str, config: Any, *, device: torch.device, dtype: tor
             passed_over.append(f"not {words}: {_first_line(error)}")
             continue
         why = f" ({'; '.join(passed_over)})" if passed_over else ""
-        return AttentionRoute(f"packed-{kernel}", plan, f"{words}, one call a layer{why}")
+        return AttentionRoute(f"packed-{kernel}", plan, told=f"{words}, one call a layer{why}")
     if name == "auto":
-        return AttentionRoute(PLAIN.name, PLAIN.plan, f"{_PLAIN_WORDS} ({'; '.join(passed_over)})")
+        return replace(PLAIN, told=f"{_PLAIN_WORDS} ({'; '.join(passed_over)})")
     raise ModelError(
         f"{_KERNELS[name][0]} cannot be used here: {passed_over[0].partition(': ')[2]}",
         where=f"model.attention={name}",

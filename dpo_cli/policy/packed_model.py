@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.batch.layout import PackedRow, PromptWithResponses, pack, padded
 from dpo_cli.losses.types import Statistic
-from dpo_cli.policy.attention import RowPlan, packing
+from dpo_cli.policy.attention import packing
 from dpo_cli.policy.attention_routes import PLAIN, AttentionRoute
 from dpo_cli.policy.head import LogitTransform, TokenScores, install_scoring_head
 from dpo_cli.policy.products import keep_few_kernels, teach_linear_layers
@@ -58,7 +58,7 @@ class PackedModel(nn.Module):
         statistics: what to tell of each token's distribution beside the target's log-prob; each costs a little time.
         """
         row = padded(row, self.pad_rows_to).to(self.device)
-        plan = RowPlan(self.attention.plan(row.segments, self.device), row.scored)
+        plan = self.attention.plan_row(row, self.device)
         with packing():
             hidden: Tensor = self.model.get_decoder()(
                 input_ids=row.input_ids[None],

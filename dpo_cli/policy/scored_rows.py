@@ -1,20 +1,24 @@
-"""The last layer's feed-forward network for the rows that predict a response token, and no others.
+"""The last layer for the rows that predict a response token, and no others.
 
-Attention needs every row's keys and values up to the last layer; what comes after its attention is looked at only where
-a response token is predicted. On long prompts with short responses that spares most of one layer's largest products.
+Every row's keys and values are needed up to the last layer; its queries, and what comes after its attention, are looked
+at only where a response token is predicted. On long prompts with short responses that spares most of that layer.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 _KNOWS = "_spares_unscored_rows"
+# Of an attention, what has one output a row that only this row's own result depends on.
+_PROJECTIONS = ("q_proj", "o_proj")
 
 
 def spare_unscored_rows(decoder: nn.Module) -> None:
-    """Have a decoder's last layer pass only `segments.scored` rows through its `mlp`; the others get zeros from it.
+    """Have a decoder's last layer pass only `segments.scored` rows through its `mlp`, and through its attention as
+    queries; the others get zeros from each.
 
     Calls without a plan are answered as before. Decoders that call these parts by other names are left as they are, and
     so are those that know already.
@@ -24,8 +28,10 @@ def spare_unscored_rows(decoder: nn.Module) -> None:
         rows = _ScoredRows()
         setattr(mlp, _KNOWS, True)
         attention.register_forward_pre_hook(rows.learn, with_kwargs=True)
-        mlp.register_forward_pre_hook(rows.select)
-        mlp.register_forward_hook(rows.restore)
+        projections = (getattr(attention, name, None) for name in _PROJECTIONS)
+        for part in (mlp, *(projection for projection in projections if isinstance(projection, nn.Module))):
+            part.register_forward_pre_hook(rows.select)
+            part.register_forward_hook(rows.restore)
 
 
 def last_layer(decoder: nn.Module) -> nn.Module | None:
@@ -41,18 +47,21 @@ class _ScoredRows:
         self._scored: Tensor | None = None
         self._rows = 0
 
-    def learn(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def learn(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         plan = kwargs.get("segments")
         self._scored = None if plan is None else plan.scored
+        if plan is None:
+            return None
+        return args, kwargs | {"segments": replace(plan, attention=plan.scored_attention)}
 
-    def select(self, mlp: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    def select(self, part: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """(1, T, d) -> (1, S, d)."""
         if self._scored is None:
             return None
         self._rows = args[0].shape[1]
         return (args[0].index_select(1, self._scored),)
 
-    def restore(self, mlp: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def restore(self, part: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """(1, S, d) -> (1, T, d)."""
         if self._scored is None:
             return None
