@@ -11,7 +11,11 @@ QUERIES = 96
 UNCUT = 768
 
 
+def is_cut(queries: int) -> bool:
+    return queries < UNCUT
+
+
 def cut_queries(queries: int) -> list[tuple[int, int]]:
     """[first, end) of every block; of one width, so that blocks of several sequences are alike."""
-    width = QUERIES if queries < UNCUT else queries
+    width = QUERIES if is_cut(queries) else queries
     return [(first, min(first + width, queries)) for first in range(0, queries, width)]

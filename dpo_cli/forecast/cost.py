@@ -35,24 +35,26 @@ def forecast_disk(shape: ModelShape, layout: Layout, *, keep_checkpoints: int) -
 class Batch:
     """What a step asks of the model. pairs: how many; tokens: that go through it, every prompt's once.
 
-    scored: tokens of responses; looked_at: query-key pairs of attention.
+    scored: tokens of responses; looked_at: query-key pairs of attention, of which so many in prompts.
     """
 
     pairs: int
     tokens: int
     scored: int
     looked_at: float
+    looked_at_in_prompts: float
 
     @classmethod
     def of(cls, lengths: Iterable[tuple[int, ...]]) -> Batch:
         """lengths: of each pair in tokens, (prompt, response, response, ...)."""
         pairs = tokens = scored = 0
-        looked_at = 0.0
+        looked_at = in_prompts = 0.0
         for prompt, first, *others in lengths:
             pairs, tokens, scored = pairs + 1, tokens + prompt + first + sum(others), scored + first + sum(others)
             # A causal triangle of the prompt and the first response, then of each other one, which sees the prompt.
             looked_at += (prompt + first) ** 2 / 2 + sum(other * (prompt + other / 2) for other in others)
-        return cls(pairs, tokens, scored, looked_at)
+            in_prompts += prompt**2 / 2
+        return cls(pairs, tokens, scored, looked_at, in_prompts)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def work_of(shape: ModelShape, layout: Layout, batch: Batch) -> Work:
     kept = min(batch.scored, micro_batches * layout.workers * CHUNK_BYTES // (4 * shape.vocabulary))
     again = 1 - kept / batch.scored
     # The last layer, which computes less than the others, is not repeated.
-    layer = (layers + 2 * shape.feed_forward * (batch.tokens - batch.scored)) / shape.layers
+    layer = (layers + _spared(shape, batch)) / shape.layers
     repeated = layout.checkpointed(shape.layers) * layer
     flops = (1 + backwards) * layers + repeated + (1 + backwards + again) * head
     return Work(batch.tokens, flops, micro_batches)
@@ -109,8 +111,14 @@ def scoring_work(shape: ModelShape, batch: Batch) -> Work:
 
 def _forward(shape: ModelShape, batch: Batch) -> tuple[float, float]:
     """Operations of the layers, and of the output head, which sees scored positions only."""
-    unscored = batch.tokens - batch.scored
-    # The last layer's feed-forward part is computed for scored positions only, too.
-    multiplied = (shape.active_parameters - shape.embedding_parameters) * batch.tokens - shape.feed_forward * unscored
+    multiplied = (shape.active_parameters - shape.embedding_parameters) * batch.tokens
     attention = 4 * shape.layers * shape.query_width * batch.looked_at
-    return 2 * multiplied + attention, 2.0 * shape.embedding_parameters * batch.scored
+    layers = 2 * multiplied + attention - _spared(shape, batch)
+    return layers, 2.0 * shape.embedding_parameters * batch.scored
+
+
+def _spared(shape: ModelShape, batch: Batch) -> float:
+    """Operations of the last layer's forward pass for unscored positions, beside those for their keys and values."""
+    projections = 2 * shape.hidden * shape.query_width
+    multiplied = (shape.feed_forward + projections) * (batch.tokens - batch.scored)
+    return 2 * multiplied + 4 * shape.query_width * batch.looked_at_in_prompts

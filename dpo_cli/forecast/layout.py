@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dpo_cli.batch.blocks import cut_queries
+from dpo_cli.batch.blocks import cut_queries, is_cut
 
 Place = Literal["none", "cpu", "nvme"]
 # Gradients that the engine exchanges at once under ZeRO, in elements.
@@ -91,7 +91,8 @@ class Row:
 
     causal_keys, masked_keys: keys gathered for queries that need no mask, and for those that do; a prompt's keys are
     gathered once for each of its responses, and on a CPU for each block of queries. masked_scores: queries x keys under
-    a mask.
+    a mask. scored_keys, scored_scores: those of the last layer, where a CPU attends to scored tokens alone, by a mask
+    of their own; else 0.
     """
 
     tokens: int
@@ -99,6 +100,8 @@ class Row:
     causal_keys: int
     masked_keys: int
     masked_scores: int
+    scored_keys: int = 0
+    scored_scores: int = 0
 
     @classmethod
     def of_pairs(cls, tokens: int, longest: int, *, on_gpu: bool) -> Row:
@@ -110,9 +113,15 @@ class Row:
         pairs = tokens / longest_pair(longest)
         # The chosen response continues its prompt causally, the rejected one looks back at it under a mask.
         prompt = longest // 2
-        first, *others = _queries_and_keys(longest, 0, on_gpu) + _queries_and_keys(longest - prompt, prompt, on_gpu)
-        masked_keys, scores = sum(keys for _, keys in others), sum(queries * keys for queries, keys in others)
-        return cls(tokens, tokens, round(pairs * first[1]), round(pairs * masked_keys), round(pairs * scores))
+        second = _queries_and_keys(longest - prompt, prompt, on_gpu)
+        first, *others = _queries_and_keys(longest, 0, on_gpu) + second
+        # Of the first response the last layer sees what it sees of the second, or the whole sequence.
+        last = [] if on_gpu else 2 * second if is_cut(longest) else [(0, longest), *second]
+        whole, scored = (
+            (sum(keys for _, keys in calls), sum(queries * keys for queries, keys in calls)) for calls in (others, last)
+        )
+        counts = (round(pairs * count) for count in (first[1], *whole, *scored))
+        return cls(tokens, tokens, *counts)
 
 
 def _queries_and_keys(queries: int, prefix: int, on_gpu: bool) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dpo_cli.batch.blocks import is_cut
 from dpo_cli.forecast import partition
 from dpo_cli.forecast.layout import Layout, Row, SamplingLayout
 from dpo_cli.forecast.shape import ModelShape
@@ -227,9 +228,8 @@ def _sampling_moment(shape: ModelShape, layout: Layout, sampling: SamplingLayout
 def _layer_activations(shape: ModelShape, layout: Layout, row: Row) -> tuple[int, int]:
     """What one layer keeps for its backward pass: without attention's own, and that."""
     width, whole = layout.bytes_per_weight, layout.lora is None
-    # A norm keeps its input in float32; its rounded result, scaled and not, for a weight in training or the products.
-    norms = (4 + (2 * width if whole else 0)) * 2 * shape.hidden
-    norms += (4 + (width if whole else 0)) * shape.norm_width
+    # Of the residual stream's norms the products keep the scaled result, too.
+    norms = (_norm(layout) + (width if whole else 0)) * 2 * shape.hidden + _norm(layout) * shape.norm_width
     projected = shape.query_width * width if whole else 0
     # Tokens are gathered for their experts, and what comes back is weighted.
     experts = 3 * width * shape.hidden * shape.experts_per_token
@@ -246,6 +246,15 @@ def _layer_activations(shape: ModelShape, layout: Layout, row: Row) -> tuple[int
     return tokens, gathered + keys
 
 
+def _norm(layout: Layout) -> int:
+    """A norm keeps its input in float32, and for a weight in training its rounded result, not scaled yet.
+
+    Our own (dpo_cli/policy/norms.py) computes the latter again.
+    """
+    own = not (layout.half or layout.on_gpu or layout.zero_stage == 3)
+    return 4 + (0 if own or layout.lora is not None else layout.bytes_per_weight)
+
+
 def _inner_activations(shape: ModelShape, layout: Layout) -> int:
     """What a feed-forward network keeps of a token."""
     whole = layout.lora is None
@@ -253,18 +262,23 @@ def _inner_activations(shape: ModelShape, layout: Layout) -> int:
 
 
 def _spared(shape: ModelShape, layout: Layout, row: Row) -> int:
-    """What the last layer's feed-forward network does not keep: of rows that predict no response token."""
-    inputs = layout.bytes_per_weight * shape.hidden if layout.lora is None else 0
-    return (row.tokens - row.scored) * (_inner_activations(shape, layout) + inputs)
+    """What the last layer does not keep: of rows that predict no response token. Those that do are copied together."""
+    width, whole = layout.bytes_per_weight, layout.lora is None
+    queries = width * shape.query_width
+    attended = 2 * queries + 4 * shape.heads if not layout.on_gpu and is_cut(layout.longest) else 0
+    inputs, copied = (width * shape.hidden + queries, width * shape.hidden) if whole else (0, 0)
+    unscored = row.tokens - row.scored
+    return unscored * (_inner_activations(shape, layout) + inputs + attended) - row.scored * copied
 
 
 def _outer_activations(shape: ModelShape, layout: Layout, row: Row) -> int:
     """Kept once: the last norm, the hidden states that are scored, rotations, masks, ids."""
     width = layout.bytes_per_weight
     head_dim = shape.query_width // shape.heads
-    tokens = row.tokens * ((4 + width) * shape.hidden + 2 * width * head_dim + 40)
-    indices = 8 * (row.causal_keys + row.masked_keys)
-    return tokens + indices + row.scored * (width * shape.hidden + 64) + width * row.masked_scores
+    tokens = row.tokens * (_norm(layout) * shape.hidden + 2 * width * head_dim + 40)
+    indices = 8 * (row.causal_keys + row.masked_keys + row.scored_keys)
+    masks = width * (row.masked_scores * (shape.layers > 1 or not row.scored_keys) + row.scored_scores)
+    return tokens + indices + row.scored * (width * shape.hidden + 64) + masks
 
 
 def _head(shape: ModelShape, layout: Layout, row: Row) -> tuple[int, int]:

@@ -25,7 +25,13 @@ class RunCost:
 def run_cost(plan: Plan, facts: SplitFacts, *, epochs: float, scores_reference: bool) -> RunCost:
     """epochs: passes over the data that the run's steps make. The reference scores what is trained on, once."""
     tokens = int(facts.sizes.sum())
-    batch = Batch(len(facts.sizes), tokens, scored=tokens - int(facts.prompt.sum()), looked_at=facts.attended)
+    batch = Batch(
+        len(facts.sizes),
+        tokens,
+        scored=tokens - int(facts.prompt.sum()),
+        looked_at=facts.attended,
+        looked_at_in_prompts=float((facts.prompt.astype(float) ** 2).sum() / 2),
+    )
     parts = [(work_of(plan.shape, plan.layout, batch), epochs)]
     parts += [(scoring_work(plan.shape, batch), min(1.0, epochs))] if scores_reference else []
     seconds = None

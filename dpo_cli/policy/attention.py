@@ -20,8 +20,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from dpo_cli.batch.blocks import cut_queries
-from dpo_cli.batch.layout import Segment
+from dpo_cli.batch.blocks import cut_queries, is_cut
+from dpo_cli.batch.layout import PackedRow, Segment
 from dpo_cli.batch.transfer import to_device
 from dpo_cli.errors import ModelError
 
@@ -174,6 +174,15 @@ def plan_attention(segments: Sequence[Segment], device: torch.device, *, tokens:
     return AttentionPlan(
         tuple(buckets), *(to_device(rows, device) for rows in (torch.cat(queries), torch.cat(keys), inverse))
     )
+
+
+def plan_scored_attention(row: PackedRow, device: torch.device) -> AttentionPlan:
+    """Of the scored rows alone, on a CPU; whole sequences where these are not cut, as their kernel needs no mask."""
+    segments = [
+        scored if is_cut(whole.query_end - whole.query_start) else whole
+        for whole, scored in zip(row.segments, row.scored_segments, strict=False)
+    ]
+    return plan_attention(segments, device, tokens=len(row.input_ids))
 
 
 def _blocks(segment: Segment, *, cut: bool) -> Iterator[_Block]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpo_cli.batch.layout import PackedRow, Segment
 from dpo_cli.errors import ModelError
-from dpo_cli.policy.attention import RowAttention, RowPlan, plan_attention
+from dpo_cli.policy.attention import RowAttention, RowPlan, plan_attention, plan_scored_attention
 from dpo_cli.policy.flex_attention import plan_flex
 from dpo_cli.policy.varlen_attention import flash_attn_call, plan_varlen, torch_varlen_call
 
@@ -39,15 +39,12 @@ class AttentionRoute:
     def plan_row(self, row: PackedRow, device: torch.device) -> RowPlan:
         """For all layers of a model. The row is on the device."""
         attention = self.plan(row.segments, device)
-        scored = attention if self.plan_scored is None else self.plan_scored(row, device)
-        return RowPlan(attention, row.scored, scored)
+        # A GPU has kernels without a mask for whole sequences, and needs one for their last queries.
+        plan_scored = self.plan_scored if device.type == "cpu" else None
+        return RowPlan(attention, row.scored, attention if plan_scored is None else plan_scored(row, device))
 
 
-def _plan_scored(row: PackedRow, device: torch.device) -> RowAttention:
-    return plan_attention(row.scored_segments, device, tokens=len(row.input_ids))
-
-
-PLAIN = AttentionRoute("packed-sdpa", plan_attention, _plan_scored)
+PLAIN = AttentionRoute("packed-sdpa", plan_attention, plan_scored_attention)
 _PLAIN_WORDS = "scaled_dot_product_attention, segment by segment"
 
 

@@ -15,6 +15,7 @@ from dpo_cli.losses.types import Statistic
 from dpo_cli.policy.attention import packing
 from dpo_cli.policy.attention_routes import PLAIN, AttentionRoute
 from dpo_cli.policy.head import LogitTransform, TokenScores, install_scoring_head
+from dpo_cli.policy.norms import teach_norms
 from dpo_cli.policy.products import keep_few_kernels, teach_linear_layers
 from dpo_cli.policy.scored_rows import spare_unscored_rows
 
@@ -47,6 +48,7 @@ class PackedModel(nn.Module):
         if self.device.type == "cpu":
             keep_few_kernels(model.dtype)
             teach_linear_layers(model, but=head)
+            teach_norms(model)
 
     @property
     def device(self) -> torch.device:

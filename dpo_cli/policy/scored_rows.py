@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _KNOWS = "_spares_unscored_rows"
 # Of an attention, what has one output a row that only this row's own result depends on.
@@ -65,5 +67,20 @@ class _ScoredRows:
         """(1, S, d) -> (1, T, d)."""
         if self._scored is None:
             return None
-        shape = (output.shape[0], self._rows, output.shape[2])
-        return output.new_zeros(shape).index_copy(1, self._scored, output)
+        restored: Tensor = _Restored.apply(output, self._scored, self._rows)
+        return restored
+
+
+class _Restored(torch.autograd.Function):
+    """index_copy into zeros, which would keep what it copies for a backward pass that only asks for its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, scored: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(scored)
+        return output.new_zeros(output.shape[0], rows, output.shape[2]).index_copy_(1, scored, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (scored,) = ctx.saved_tensors
+        return grad.index_select(1, scored), None, None

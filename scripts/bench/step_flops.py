@@ -19,8 +19,8 @@ def product_flops(case: StepCase, pair: Pair) -> float:
     2 backwards where the weights are frozen; adapters themselves, 1 to 2%, are not counted.
     """
     forward = 2 * case.layers * _layer_weights(case) * sum(_rows(pair))
-    # Of the prompt only the last token predicts: the others need nothing after the last layer's attention.
-    forward -= 2 * 3 * case.hidden * case.intermediate * (len(pair.prompt) - 1)
+    # Of the prompt only the last token predicts: of the last layer the others need keys and values, and nothing else.
+    forward -= 2 * case.hidden * (3 * case.intermediate + 2 * case.hidden) * (len(pair.prompt) - 1)
     return (forward + _head_flops(case, pair)) * _passes(case)
 
 
@@ -28,7 +28,8 @@ def attention_flops(case: StepCase, pair: Pair) -> float:
     """Of scores and weighted values, where a query sees the key: twice 2 a channel forwards, twice that backwards."""
     first, second = _rows(pair)
     seen = first * (first + 1) / 2 + second * len(pair.prompt) + second * (second + 1) / 2
-    return 3 * 4 * case.layers * case.hidden * seen
+    in_prompt = len(pair.prompt) * (len(pair.prompt) - 1) / 2
+    return 3 * 4 * case.hidden * (case.layers * seen - in_prompt)
 
 
 def padded_flops(case: StepCase, pairs: list[Pair]) -> tuple[float, float]:

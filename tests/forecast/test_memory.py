@@ -257,11 +257,11 @@ def test_a_step_is_six_operations_a_parameter_and_token_and_attention() -> None:
     assert work.tokens == 64 * 1536
     feed_forward = 3 * 3584 * 18944
     multiplied = (28 * (2 * 3584 * 3584 + 2 * 3584 * 512) + 27 * feed_forward) * work.tokens
-    # The head and the last feed-forward part see responses only.
+    # The head and of the last layer all but keys and values see responses only.
     scored = 64 * 1024
-    multiplied += feed_forward * scored
+    multiplied += feed_forward * scored - 2 * 3584 * 3584 * (work.tokens - scored)
     pairs_of_positions = 64 * (1024 * 1024 / 2 + 512 * 512 + 512 * 512 / 2)
-    layers = 2 * multiplied + 4 * 28 * 3584 * pairs_of_positions
+    layers = 2 * multiplied + 4 * 3584 * (28 * pairs_of_positions - 64 * 512 * 512 / 2)
     head = 2 * 152064 * 3584 * scored
     # Five pairs a row of 8,192 tokens.
     assert work.micro_batches == 13
@@ -294,6 +294,7 @@ def test_attention_and_scores_are_counted_pair_by_pair() -> None:
     assert (batch.pairs, batch.tokens, batch.scored) == (2, 11, 7)
     # Triangles of 3 + 2 and of 4, which sees the prompt of 3 as well; then one of 1 + 1.
     assert batch.looked_at == 25 / 2 + 4 * 3 + 16 / 2 + 4 / 2
+    assert batch.looked_at_in_prompts == 9 / 2 + 1 / 2
 
 
 def test_the_forecast_knows_the_bound_of_the_head() -> None:

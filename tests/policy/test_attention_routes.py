@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,10 +15,11 @@ from tiny_models import settings as model_settings
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from dpo_cli.batch.layout import Segment, pack
+from dpo_cli.batch.layout import Segment, pack, padded
+from dpo_cli.data.example import Example
 from dpo_cli.errors import ModelError
 from dpo_cli.policy import attention_routes
-from dpo_cli.policy.attention import plan_attention
+from dpo_cli.policy.attention import plan_attention, plan_scored_attention
 from dpo_cli.policy.attention_routes import PLAIN, AttentionRoute, Heads, choose_attention
 from dpo_cli.policy.flex_attention import plan_flex
 from dpo_cli.policy.packed_model import PackedModel
@@ -140,6 +142,30 @@ def test_sequences_of_any_length_width_and_window(
     found = plan_varlen(segments, CPU, written_out).attend(*drawn, scaling=None, window=window)
     assert found.shape == wanted.shape
     assert (found - wanted).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("window", [None, 5, 130])
+@pytest.mark.parametrize(
+    "lengths", [((300, 40, 60), (5, 1, 200)), ((700, 100, 90), (20, 30, 1)), ((10, 800, 900),)], ids=str
+)
+def test_scored_rows_attended_to_alone_are_attended_to_as_in_the_whole_row(
+    lengths: tuple[tuple[int, ...], ...], window: int | None
+) -> None:
+    """Also of sequences that are too long to be cut, and in rows that are padded."""
+    parts = [[np.arange(1, length + 1, dtype=np.int32) for length in pair] for pair in lengths]
+    row = padded(pack([Example(prompt, (chosen, rejected)) for prompt, chosen, rejected in parts]), 64)
+    drawn = [part.requires_grad_() for part in states(len(row.input_ids))]
+    slope = torch.randn(len(row.scored), 4, 16, dtype=torch.float64)
+    found, wanted = (
+        plan.attend(*drawn, scaling=None, window=window)
+        for plan in (plan_scored_attention(row, CPU), plan_attention(row.segments, CPU))
+    )
+    assert found.shape == wanted.shape
+    assert (found - wanted)[row.scored].abs().max() < 1e-12
+    for a, b in zip(
+        *(torch.autograd.grad(attended[row.scored], drawn, slope) for attended in (found, wanted)), strict=True
+    ):
+        assert (a - b).abs().max() < 1e-12
 
 
 def test_a_row_whose_responses_share_no_prompt_gathers_no_keys() -> None:

@@ -239,12 +239,14 @@ def test_soft_capped_attention_is_refused_not_ignored() -> None:
         PackedModel(Gemma2ForCausalLM(config))(pack(examples(responses=2)))
 
 
-def test_the_last_feed_forward_network_sees_only_rows_that_predict_a_response_token() -> None:
+@pytest.mark.parametrize("part", ["mlp.gate_proj", "self_attn.q_proj", "self_attn.o_proj"])
+def test_the_last_layer_sees_only_rows_that_predict_a_response_token(part: str) -> None:
     model, row = build("qwen2"), pack(examples(responses=3))
     seen: dict[int, int] = {}
     for number, layer in enumerate(model.model.layers):
-        layer.mlp.gate_proj.register_forward_pre_hook(
-            lambda _, args, number=number: seen.update({number: args[0].shape[1]})
+        # What the part gets of its own hooks, which come first.
+        layer.get_submodule(part).register_forward_hook(
+            lambda _, args, output, number=number: seen.update({number: args[0].shape[1]}), prepend=True
         )
     ids = torch.arange(5)[None]
     before = model(ids).logits
