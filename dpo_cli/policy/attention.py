@@ -24,6 +24,7 @@ from dpo_cli.batch.blocks import cut_queries, is_cut
 from dpo_cli.batch.layout import PackedRow, Segment
 from dpo_cli.batch.transfer import to_device
 from dpo_cli.errors import ModelError
+from dpo_cli.policy.products import widens
 
 PACKED_ATTENTION = "packed"
 
@@ -247,6 +248,8 @@ def packed_attention(
 
 def _attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
     """One bucket: q (n * Q, heads, d), k and v (n * L, kv_heads, d) -> (n * Q, heads, d)."""
+    if widens(q):
+        return _attend(bucket, q.float(), k.float(), v.float(), scaling, window).to(q.dtype)
     n, depth = bucket.key_positions.shape
     queries, keys, values = (states.view(n, -1, *states.shape[1:]).transpose(1, 2) for states in (q, k, v))
     causal = bucket.causal and (window is None or depth <= window)

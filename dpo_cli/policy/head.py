@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpo_cli.errors import ModelError
 from dpo_cli.losses.types import Statistic, Statistics
-from dpo_cli.policy.products import multiply_into
+from dpo_cli.policy.products import linear, matmul, multiply_into, widens
 
 # Large enough for the matrix product to run at full speed, small enough to be forgotten next to the activations. So
 # much of a softmax is also kept for the backward pass instead of being computed again.
@@ -174,7 +173,7 @@ class _Buffers:
             if bias is not None:
                 logits.add_(bias)
         else:
-            logits.copy_(F.linear(hidden, weight, bias))
+            logits.copy_(linear(hidden, weight, bias))
         return transform(logits)
 
 
@@ -254,13 +253,15 @@ class _ChunkedLogps(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
             slope = slope.to(weight.dtype)
-            if grad_hidden is not None:
+            if grad_hidden is not None and widens(weight):
+                grad_hidden[part] = matmul(slope, weight)
+            elif grad_hidden is not None:
                 torch.mm(slope, weight, out=grad_hidden[part])
             if grad_weight is not None:
                 if grad_weight.dtype == slope.dtype:
                     grad_weight.addmm_(slope.T, hidden[part])
                 else:
-                    grad_weight += slope.T @ hidden[part]
+                    grad_weight += matmul(slope.T, hidden[part])
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

@@ -190,12 +190,15 @@ def _status(name: str) -> int:
 
 
 def machine_line(threads: int, *packages: str) -> str:
-    """The processor, the threads that are used, and the versions of what was measured."""
+    """The processor and how wide it computes, the threads that are used, and the versions of what was measured."""
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", cpu, re.MULTILINE)
     named = (model[1].strip() if model else platform.processor() or platform.machine(), f"{os.cpu_count()} cores")
+    # Processors of one name may differ in it, and matrix products follow it.
+    widest = [name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in cpu.split()][:1]
     versions = (f"{package} {version(package)}" for package in packages)
-    parts = (*named, f"{threads} thread{'s' * (threads > 1)}", f"Python {platform.python_version()}", *versions)
+    used = f"{threads} thread{'s' * (threads > 1)}"
+    parts = (*named, *widest, used, f"Python {platform.python_version()}", *versions)
     return ", ".join(parts)
 
 

@@ -9,24 +9,31 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import build, examples
 from torch import Tensor, nn
 
+from dpo_cli.batch.layout import pack
 from dpo_cli.policy import products
+from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.policy.products import multiply_into, teach_linear_layers
 
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
     """What this processor is like is asked in every test, and after the last."""
-    products._onednn_is_faster.cache_clear()
+    asked = (products._onednn_is_faster, products._has_bfloat16)
+    for each in asked:
+        each.cache_clear()
     yield
-    products._onednn_is_faster.cache_clear()
+    for each in asked:
+        each.cache_clear()
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of weights, or of what stands in their place, that oneDNN was asked for, as if there were AVX-512."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
     shapes: list[tuple[int, ...]] = []
     plain = products._product
 
@@ -113,6 +120,63 @@ def test_torch_multiplies_without_the_operator_and_without_avx512(
     inputs, weight, out = torch.randn(1000, 512), torch.randn(512, 512), torch.empty(1000, 512)
     multiply_into(out, inputs, weight)
     assert torch.equal(out, inputs @ weight.T) and not asked
+
+
+@pytest.fixture
+def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without products in bfloat16; inner dimensions and heads are cut, too."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    monkeypatch.setattr(products, "_PART", 50)
+
+
+@pytest.mark.usefixtures("no_bfloat16")
+@pytest.mark.parametrize("bias", [False, True])
+def test_bfloat16_is_computed_in_float32_and_rounded_once(bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(120, 130, bias=bias, dtype=torch.bfloat16))
+    exact = nn.Linear(120, 130, bias=bias)
+    exact.load_state_dict(layer[0].state_dict())
+    teach_linear_layers(layer, but=nn.Identity())
+    inputs, slope = torch.randn(2, 70, 120).bfloat16().requires_grad_(), torch.randn(2, 70, 130).bfloat16()
+    wide = inputs.detach().float().requires_grad_()
+
+    layer(inputs).backward(slope)
+    exact(wide).backward(slope.float())
+
+    # One rounding to 8 bits.
+    rounding = {"rtol": 2**-8, "atol": 1e-6}
+    torch.testing.assert_close(layer(inputs).float(), exact(wide), **rounding)
+    torch.testing.assert_close(inputs.grad.float(), wide.grad, **rounding)
+    torch.testing.assert_close(layer[0].weight.grad.float(), exact.weight.grad, **rounding)
+    if bias:
+        torch.testing.assert_close(layer[0].bias.grad.float(), exact.bias.grad, rtol=2**-7, atol=1e-2)
+
+
+def test_a_model_in_bfloat16_is_as_near_to_float32_without_kernels_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored(dtype: torch.dtype, *, has_bfloat16: bool = True) -> list[Tensor]:
+        products._has_bfloat16.cache_clear()
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16, raising=False)
+        # The same weights: those of bfloat16.
+        packed = PackedModel(build("qwen2", dtype=torch.bfloat16).to(dtype), chunk_tokens=5)
+        logps = packed(pack(examples(responses=2))).logps
+        logps.sum().backward()
+        return [logps.detach(), *(parameter.grad.float() for parameter in packed.parameters())]
+
+    exact = scored(torch.float32)
+    plain, widened = (scored(torch.bfloat16, has_bfloat16=has_bfloat16) for has_bfloat16 in (True, False))
+
+    def error(found: list[Tensor]) -> float:
+        return sum(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+
+    assert 0 < error(widened) < 1.1 * error(plain)
+
+
+def test_a_few_rows_in_bfloat16_are_left_to_torch(no_bfloat16: None) -> None:
+    layer = nn.Sequential(nn.Linear(120, 130, dtype=torch.bfloat16))
+    inputs = torch.randn(3, 120).bfloat16()
+    before = layer(inputs)
+    teach_linear_layers(layer, but=nn.Identity())
+    assert torch.equal(layer(inputs), before)
 
 
 _ROWS_OF_MANY_LENGTHS = """
