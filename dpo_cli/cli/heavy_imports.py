@@ -12,13 +12,17 @@ _DEEPSPEED = "deepspeed"
 
 @contextmanager
 def heavy_imports(*, deepspeed: bool) -> Iterator[None]:
-    """Import what computes inside this.
+    """Import what computes inside this. Where torch is there already, as in a sweep's second job, nothing is special.
 
     The garbage collector rests: modules make some hundred thousand objects that stay, and it would look at all of them
     over and over, for a sixth of the time. What is there at the end it never looks at again, in training neither.
     deepspeed: whether it will be used. transformers and accelerate import it wherever it is installed, for half a
         second; a process that computes alone does as if it were not.
     """
+    if "torch" in sys.modules:
+        # What is frozen now would also be what an earlier job has left to be collected, its model among it.
+        yield
+        return
     hides = not deepspeed and _DEEPSPEED not in sys.modules
     collects = gc.isenabled()
     gc.disable()
