@@ -7,15 +7,17 @@ in calls. This is the plain PyTorch route: it runs on any CPU and GPU. `attentio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -249,7 +251,8 @@ def packed_attention(
 def _attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
     """One bucket: q (n * Q, heads, d), k and v (n * L, kv_heads, d) -> (n * Q, heads, d)."""
     if widens(q):
-        return _attend(bucket, q.float(), k.float(), v.float(), scaling, window).to(q.dtype)
+        narrow: Tensor = _Widened.apply(q, k, v, partial(_attend, bucket, scaling=scaling, window=window))
+        return narrow
     n, depth = bucket.key_positions.shape
     queries, keys, values = (states.view(n, -1, *states.shape[1:]).transpose(1, 2) for states in (q, k, v))
     causal = bucket.causal and (window is None or depth <= window)
@@ -268,6 +271,25 @@ def _attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float | No
         enable_gqa=groups > 1,
     )
     return attended.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1)
+
+
+class _Widened(torch.autograd.Function):
+    """One bucket in float32, rounded. It is attended to again in the backward pass: nothing is kept in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.attend = attend
+        return attend(q.float(), k.float(), v.float()).to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wide = [states.detach().float().requires_grad_() for states in ctx.saved_tensors]
+        with torch.enable_grad():
+            attended = ctx.attend(*wide)
+        gradients = torch.autograd.grad(attended, wide, grad.float())
+        return *(gradient.to(grad.dtype) for gradient in gradients), None
 
 
 _packing: ContextVar[bool] = ContextVar("packing", default=False)

@@ -171,6 +171,22 @@ def test_a_model_in_bfloat16_is_as_near_to_float32_without_kernels_for_it(monkey
     assert 0 < error(widened) < 1.1 * error(plain)
 
 
+def test_attention_in_float32_keeps_nothing_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(*, has_bfloat16: bool) -> int:
+        found: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            return found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
+        monkeypatch.setattr(products, "_has_bfloat16", lambda: has_bfloat16)
+        packed = PackedModel(build("qwen2", dtype=torch.bfloat16))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            packed(pack(examples(responses=2)))
+        return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+    assert kept(has_bfloat16=False) < kept(has_bfloat16=True)
+
+
 def test_a_few_rows_in_bfloat16_are_left_to_torch(no_bfloat16: None) -> None:
     layer = nn.Sequential(nn.Linear(120, 130, dtype=torch.bfloat16))
     inputs = torch.randn(3, 120).bfloat16()
