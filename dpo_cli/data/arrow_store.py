@@ -35,6 +35,9 @@ SCHEMA = pa.schema(
 _LISTS = ("prompt", "responses", "lengths", "weights", "reference", "reference_lengths")
 _SCALARS = ("desirable", "source", "number", "prompt_key", "row_key")
 _NO_VERDICT = -1
+# A reader holds about 10 KiB for every batch of a file; a writer, what waits to become one.
+_ROWS_TOGETHER = 8192
+_BYTES_TOGETHER = 16 << 20
 
 
 class StoredRow(NamedTuple):
@@ -82,7 +85,7 @@ def record_batch(rows: Sequence[StoredRow], source: int) -> pa.RecordBatch:
 
 
 class ExampleWriter:
-    """Writes record batches as they come and keeps a digest of their content that no batching changes."""
+    """Writes record batches, small ones together, and keeps a digest of their content that no batching changes."""
 
     def __init__(self, path: Path) -> None:
         self._file = pa.OSFile(str(path), "wb")
@@ -90,12 +93,16 @@ class ExampleWriter:
         # Where an example came from is not part of what it teaches.
         names = (*_LISTS, *(f"{name} lengths" for name in _LISTS), "desirable")
         self._hashes = {name: hashlib.sha256() for name in names}
+        self._waiting: list[pa.RecordBatch] = []
         self.examples = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
         if not batch.num_rows:
             return
-        self._writer.write_batch(batch)
+        self._waiting.append(batch)
+        rows, size = (sum(each) for each in zip(*((b.num_rows, b.nbytes) for b in self._waiting), strict=True))
+        if rows >= _ROWS_TOGETHER or size >= _BYTES_TOGETHER:
+            self._write_waiting()
         self.examples += batch.num_rows
         for name in _LISTS:
             column = batch.column(name)
@@ -103,8 +110,14 @@ class ExampleWriter:
             self._hashes[name].update(column.values.to_numpy().tobytes())
         self._hashes["desirable"].update(batch.column("desirable").to_numpy().tobytes())
 
+    def _write_waiting(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
+            self._waiting = []
+
     def close(self) -> str:
         """Finish the file; return the digest of its content."""
+        self._write_waiting()
         self._writer.close()
         self._file.close()
         together = "".join(digest.hexdigest() for digest in self._hashes.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from chat_tokenizers import bpe, stops
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli.data import build, cache, chunk
+from dpo_cli.data import arrow_store, build, cache, chunk
 from dpo_cli.data.arrow_store import partners_with_other_prompts
 from dpo_cli.data.prepare import prepare_data
 from dpo_cli.data.report import DataReport
@@ -125,6 +127,26 @@ def test_the_size_of_a_chunk_changes_nothing(prepare: Any, write_jsonl: Any, mon
     monkeypatch.setattr(build, "_ROWS_A_CHUNK", 37)
     monkeypatch.setattr(cache, "FORMAT_VERSION", -1)
     assert prepare(path).digest == first.digest
+
+
+@pytest.mark.parametrize("bound", [{"_ROWS_TOGETHER": 300}, {"_BYTES_TOGETHER": 60_000}])
+def test_how_many_rows_are_written_together_changes_nothing(
+    bound: dict[str, int], prepare: Any, write_jsonl: Any, texts: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def batches() -> list[int]:
+        (file,) = (tmp_path / "store" / "data").glob("*/train.arrow")
+        reader = pa.ipc.open_file(file)
+        return [reader.get_batch(at).num_rows for at in range(reader.num_record_batches)]
+
+    path = write_jsonl(ROWS)
+    together = prepare(path)
+    assert batches() == [1000]
+    for name, value in bound.items():
+        monkeypatch.setattr(arrow_store, name, value)
+    shutil.rmtree(tmp_path / "store")
+    apart = prepare(path)
+    assert batches() == [512, 488]
+    assert apart.digest == together.digest and texts(apart.train) == texts(together.train)
 
 
 DAMAGE = {

@@ -169,6 +169,15 @@ def test_repeated_rows_are_counted(prepare: Any, write_jsonl: Any) -> None:
     assert prepare(write_jsonl([*ROWS[:4], *ROWS[:2]])).report.train.duplicates == 2
 
 
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_repeated_rows_of_two_sources_are_counted_once_each(weight: float, prepare: Any, write_jsonl: Any) -> None:
+    first, second = write_jsonl([*ROWS[:4], *ROWS[:2]], "first.jsonl"), write_jsonl(ROWS[:3], "second.jsonl")
+    pairs = prepare([{"path": first, "weight": weight}, second])
+    assert pairs.report.train.duplicates == 5
+    # Each side of a pair is an example.
+    assert prepare([{"path": first, "weight": weight}, second], kind="unpaired").report.train.duplicates == 10
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [
