@@ -2,7 +2,7 @@
 
 With AVX-512, large ones in float32 go through oneDNN, a part of every build of torch. torch takes them from MKL, which
 leaves AVX-512 alone on processors that are not Intel's, and there reaches 60 to 80% of oneDNN's speed with the same
-shapes; with AVX2 it is MKL that is faster (docs/performance.md).
+shapes; with AVX2 it is MKL that is faster, but for logits of a vocabulary (docs/performance.md).
 
 Without AVX-512, those in bfloat16 are made in float32 and rounded. torch then has no kernel for them but plain loops,
 which are up to three hundred times as slow. GPUs have libraries of their own for all of this.
@@ -50,7 +50,8 @@ def teach_linear_layers(model: nn.Module, *, but: nn.Module) -> None:
 
 def multiply_into(out: Tensor, inputs: Tensor, weight: Tensor) -> None:
     """out = inputs @ weight^T: (T, out) of (T, in) and (out, in); not differentiable."""
-    if not _suits(inputs, weight):
+    # However good MKL is at narrower ones, with so many columns it reaches two thirds of its speed.
+    if not _suits(inputs, weight) and not (len(weight) > _PART and _can(inputs, weight)):
         torch.mm(inputs, weight.T, out=out)
         return
     for part in range(0, len(weight), _PART):
@@ -101,22 +102,28 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def _suits(inputs: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN takes this product, and is faster."""
-    return (
-        weight.device.type == "cpu"
-        and inputs.dtype == weight.dtype == torch.float32
-        and 2 * inputs.numel() * len(weight) >= _LEAST_OPERATIONS
-        and _onednn_is_faster()
-    )
+    return _onednn_is_faster() and _can(inputs, weight)
 
 
 @cache
 def _onednn_is_faster() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _can(inputs: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN takes this product, and it is worth a kernel."""
     return (
-        torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.backends.mkldnn.is_available()
-        # Not a public operator; without it torch's own products are as right.
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        weight.device.type == "cpu"
+        and inputs.dtype == weight.dtype == torch.float32
+        and 2 * inputs.numel() * len(weight) >= _LEAST_OPERATIONS
+        and _has_onednn()
     )
+
+
+@cache
+def _has_onednn() -> bool:
+    # Not a public operator; without it torch's own products are as right.
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

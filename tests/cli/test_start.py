@@ -77,6 +77,34 @@ def test_training_in_one_process_imports_no_deepspeed_and_collects_no_garbage_me
     assert again == [True, False, 0]
 
 
+_TELL_WHAT_TRANSFORMERS_HAS = """
+import json, sys
+from contextlib import nullcontext
+from dpo_cli.cli.heavy_imports import heavy_imports
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+with heavy_imports(deepspeed=False) if sys.argv[1] == "quickly" else nullcontext():
+    import transformers
+    import transformers.models
+reads = [path for path in opened if path.endswith("modeling_qwen2.py")]
+modules = {name: sorted(defined) for name, defined in transformers._import_structure.items()}
+print(json.dumps([len(reads), dir(transformers), dir(transformers.models), modules]))
+"""
+
+
+def test_transformers_reads_its_models_once_and_knows_as_much() -> None:
+    def told(how: str) -> list[object]:
+        command = [sys.executable, "-c", _TELL_WHAT_TRANSFORMERS_HAS, how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found: list[object] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    reads, *quickly = told("quickly")
+    reads_else, *else_ = told("plainly")
+    assert (reads, reads_else) == (1, 2)
+    assert quickly == else_
+
+
 def test_what_is_imported_already_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     imported = ModuleType("deepspeed")
     monkeypatch.setitem(sys.modules, "deepspeed", imported)

@@ -21,7 +21,7 @@ from dpo_cli.policy.products import multiply_into, teach_linear_layers
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
     """What this processor is like is asked in every test, and after the last."""
-    asked = (products._onednn_is_faster, products._has_bfloat16)
+    asked = (products._onednn_is_faster, products._has_onednn, products._has_bfloat16)
     for each in asked:
         each.cache_clear()
     yield
@@ -102,7 +102,11 @@ def test_the_head_and_layers_of_other_kinds_are_left_alone() -> None:
     assert type(model["other"]) is Other and isinstance(model["layer"], nn.Linear)
 
 
-def test_a_product_is_made_in_parts_and_written_where_it_belongs(asked: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_a_product_is_made_in_parts_and_written_where_it_belongs(
+    capability: str, asked: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     inputs, weight, out = torch.randn(100, 128), torch.randn(10_000, 128), torch.full((100, 10_000), torch.nan)
     multiply_into(out, inputs, weight)
     torch.testing.assert_close(out.double(), inputs.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
@@ -110,14 +114,23 @@ def test_a_product_is_made_in_parts_and_written_where_it_belongs(asked: list[tup
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "answer"),
-    [(torch.backends.mkldnn, "is_available", False), (torch.backends.cpu, "get_cpu_capability", "AVX2")],
+    ("where", "name", "answer", "columns"),
+    [
+        (torch.backends.mkldnn, "is_available", False, 512),
+        (torch.backends.mkldnn, "is_available", False, 5000),
+        (torch.backends.cpu, "get_cpu_capability", "AVX2", 512),
+    ],
 )
-def test_torch_multiplies_without_the_operator_and_without_avx512(
-    asked: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, where: Any, name: str, answer: object
+def test_torch_multiplies_without_the_operator_and_what_is_narrow_without_avx512(
+    asked: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    where: Any,
+    name: str,
+    answer: object,
+    columns: int,
 ) -> None:
     monkeypatch.setattr(where, name, lambda: answer)
-    inputs, weight, out = torch.randn(1000, 512), torch.randn(512, 512), torch.empty(1000, 512)
+    inputs, weight, out = torch.randn(1000, 512), torch.randn(columns, 512), torch.empty(1000, columns)
     multiply_into(out, inputs, weight)
     assert torch.equal(out, inputs @ weight.T) and not asked
 
