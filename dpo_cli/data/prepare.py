@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from dpo_cli.data.arrow_store import ExampleWriter, StoredExamples, partners_with_other_prompts
 from dpo_cli.data.build import SplitWriter, build_split, make_tokeniser, open_source
@@ -173,7 +174,7 @@ def _finish_report(
             np.save(folder / f"{name}.partners.npy", partners)
             room = np.maximum(1, settings.max_tokens - examples.lengths("prompt"))
             report.borrowed_cut += int((examples.lengths("responses")[partners] > room).sum())
-        prompts[name] = np.unique(keys)
+        prompts[name] = _distinct(keys)
         split.prompts = len(prompts[name])
         split.duplicates = _duplicates(examples)
         split.mean_prompt_tokens = float(examples.lengths("prompt").mean())
@@ -201,11 +202,19 @@ def _partners(name: str, prompt_keys: Any) -> Any:
 def _duplicates(examples: StoredExamples) -> int:
     """Rows that say exactly what an earlier row says; a row taken twice for its weight is none."""
     keys = examples.column("row_key")
-    # Equal rows side by side, and of these the copies of one.
     order = np.argsort(keys, kind="stable")
-    equal = np.diff(keys[order]) == 0
-    copies = [np.diff(examples.column(name)[order]) == 0 for name in ("source", "number")]
-    return int(equal.sum() - (equal & copies[0] & copies[1]).sum())
+    ordered = keys[order]
+    again = np.flatnonzero(ordered[1:] == ordered[:-1])
+    earlier, later = order[again], order[again + 1]
+    source, number = examples.column("source"), examples.column("number")
+    copies = (source[earlier] == source[later]) & (number[earlier] == number[later])
+    return len(again) - int(copies.sum())
+
+
+def _distinct(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """In ascending order. np.unique would hold a table of 44 bytes a key."""
+    ordered = np.sort(keys)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
 
 
 def _sample(examples: StoredExamples, at: int, tokenizer: PreTrainedTokenizerBase) -> Sample:

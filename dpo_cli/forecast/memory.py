@@ -256,9 +256,12 @@ def _norm(layout: Layout) -> int:
 
 
 def _inner_activations(shape: ModelShape, layout: Layout) -> int:
-    """What a feed-forward network keeps of a token."""
-    whole = layout.lora is None
-    return shape.mlp_width * ((4 if whole else 3) if shape.gated else (2 if whole else 1)) * layout.bytes_per_weight
+    """What a feed-forward network keeps of a token: the last product's input only where its weight is in training.
+
+    Of a gate, what SiLU makes of it is computed again (dpo_cli/policy/gated.py).
+    """
+    between = (2 if shape.gate_is_silu else 3) if shape.gated else 1
+    return shape.mlp_width * (between + (layout.lora is None)) * layout.bytes_per_weight
 
 
 def _spared(shape: ModelShape, layout: Layout, row: Row) -> int:

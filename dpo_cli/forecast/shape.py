@@ -46,8 +46,9 @@ class ModelShape:
     """A decoder. Widths are numbers per token and layer, `parameters` counts the whole model.
 
     query_width, key_width: heads x head_dim, key-value heads x head_dim. mlp_width: the inner width of the feed-forward
-    part a token goes through, over all of its experts. norm_width: what is normalised outside of the residual stream's
-    two norms. active_parameters: those a token is multiplied with, the output head included, a look-up not.
+    part a token goes through, over all of its experts. gate_is_silu: of a dense network whose gate is a matrix of its
+    own. norm_width: what is normalised outside of the residual stream's two norms. active_parameters: those a token is
+    multiplied with, the output head included, a look-up not.
     """
 
     model_type: str
@@ -58,6 +59,7 @@ class ModelShape:
     key_width: int
     mlp_width: int
     gated: bool
+    gate_is_silu: bool
     norm_width: int
     vocabulary: int
     tied: bool
@@ -122,6 +124,8 @@ class ModelShape:
             key_width=key,
             mlp_width=mlp_width,
             gated=gated,
+            gate_is_silu=any(linear.name == "gate_proj" and linear.copies == 1 for linear in linears)
+            and _activation(config) in ("silu", "swish"),
             norm_width=(norms - 2) * hidden + (query + key if head_norms or full_norms else 0),
             vocabulary=vocabulary,
             tied=tied,
@@ -182,6 +186,11 @@ def _feed_forward(config: Mapping[str, Any], model_type: str, hidden: int, gated
         yield Linear("shared_up_proj", hidden, shared)
         yield Linear("shared_down_proj", shared, hidden)
         yield Linear("shared_expert_gate", hidden, 1)
+
+
+def _activation(config: Mapping[str, Any]) -> str:
+    stated = config.get("hidden_act") or config.get("hidden_activation")
+    return str(stated or ("gelu" if str(config.get("model_type", "")).startswith("gemma") else "silu"))
 
 
 def _size(config: Mapping[str, Any], *names: str) -> int:

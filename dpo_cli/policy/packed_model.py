@@ -14,6 +14,7 @@ from dpo_cli.batch.layout import PackedRow, PromptWithResponses, pack, padded
 from dpo_cli.losses.types import Statistic
 from dpo_cli.policy.attention import packing
 from dpo_cli.policy.attention_routes import PLAIN, AttentionRoute
+from dpo_cli.policy.gated import teach_gated_networks
 from dpo_cli.policy.head import LogitTransform, TokenScores, install_scoring_head
 from dpo_cli.policy.norms import teach_norms
 from dpo_cli.policy.products import keep_few_kernels, teach_linear_layers
@@ -41,6 +42,7 @@ class PackedModel(nn.Module):
         super().__init__()
         self.model = model
         spare_unscored_rows(model.get_decoder())
+        teach_gated_networks(model)
         self.attention = attention
         self.pad_rows_to = pad_rows_to
         head = model.get_output_embeddings()
