@@ -2,7 +2,7 @@
 
 With AVX-512, large ones in float32 go through oneDNN, a part of every build of torch. torch takes them from MKL, which
 leaves AVX-512 alone on processors that are not Intel's, and there reaches 60 to 80% of oneDNN's speed with the same
-shapes; with AVX2 it is MKL that is faster, but for logits of a vocabulary (docs/performance.md).
+shapes; with AVX2 it is MKL that is faster, but for the logits of a wide vocabulary (docs/performance.md).
 
 Without AVX-512, those in bfloat16 are made in float32 and rounded. torch then has no kernel for them but plain loops,
 which are up to three hundred times as slow. GPUs have libraries of their own for all of this.
@@ -29,6 +29,9 @@ _KEPT_KERNELS = {torch.float32: 8, torch.bfloat16: 96}
 # It has no way to write where it is told to: results that are too large to be made twice are made in parts of so many
 # columns and copied.
 _PART = 4096
+# MKL is at its best with so many columns at a time, and a quarter slower than oneDNN with a wide vocabulary's.
+_MKL_PART = 1024
+_WIDE = 32_768
 
 
 def keep_few_kernels(dtype: torch.dtype) -> None:
@@ -50,9 +53,10 @@ def teach_linear_layers(model: nn.Module, *, but: nn.Module) -> None:
 
 def multiply_into(out: Tensor, inputs: Tensor, weight: Tensor) -> None:
     """out = inputs @ weight^T: (T, out) of (T, in) and (out, in); not differentiable."""
-    # However good MKL is at narrower ones, with so many columns it reaches two thirds of its speed.
-    if not _suits(inputs, weight) and not (len(weight) > _PART and _can(inputs, weight)):
-        torch.mm(inputs, weight.T, out=out)
+    if not (_suits(inputs, weight) or (len(weight) >= _WIDE and _can(inputs, weight))):
+        width = _MKL_PART if weight.device.type == "cpu" else len(weight)
+        for part in range(0, len(weight), width):
+            torch.mm(inputs, weight[part : part + width].T, out=out[:, part : part + width])
         return
     for part in range(0, len(weight), _PART):
         out[:, part : part + _PART] = _product(inputs, weight[part : part + _PART])
