@@ -94,14 +94,17 @@ class ExampleWriter:
         names = (*_LISTS, *(f"{name} lengths" for name in _LISTS), "desirable")
         self._hashes = {name: hashlib.sha256() for name in names}
         self._waiting: list[pa.RecordBatch] = []
+        self._rows_waiting = self._bytes_waiting = 0
         self.examples = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
         if not batch.num_rows:
             return
         self._waiting.append(batch)
-        rows, size = (sum(each) for each in zip(*((b.num_rows, b.nbytes) for b in self._waiting), strict=True))
-        if rows >= _ROWS_TOGETHER or size >= _BYTES_TOGETHER:
+        # Counted as they come: a split of few rows gets thousands of batches of one row each.
+        self._rows_waiting += batch.num_rows
+        self._bytes_waiting += batch.nbytes
+        if self._rows_waiting >= _ROWS_TOGETHER or self._bytes_waiting >= _BYTES_TOGETHER:
             self._write_waiting()
         self.examples += batch.num_rows
         for name in _LISTS:
@@ -114,6 +117,7 @@ class ExampleWriter:
         if self._waiting:
             self._writer.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
             self._waiting = []
+            self._rows_waiting = self._bytes_waiting = 0
 
     def close(self) -> str:
         """Finish the file; return the digest of its content."""

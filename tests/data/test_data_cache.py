@@ -149,6 +149,19 @@ def test_how_many_rows_are_written_together_changes_nothing(
     assert apart.digest == together.digest and texts(apart.train) == texts(together.train)
 
 
+def test_thousands_of_single_rows_are_written_in_time_that_grows_with_them_alone(tmp_path: Path) -> None:
+    ids = np.arange(3, dtype=np.int32)
+    batch = arrow_store.record_batch([arrow_store.StoredRow(ids, (ids, ids), None, None, None, 1, 2, 3)], 0)
+    writer = arrow_store.ExampleWriter(tmp_path / "rows.arrow")
+    started = time.process_time()
+    for _ in range(4000):
+        writer.write(batch)
+    writer.close()
+    # Half a second; going over all that wait for every one of them took minutes.
+    assert time.process_time() - started < 15
+    assert len(arrow_store.StoredExamples(tmp_path / "rows.arrow", ["rows"], max_tokens=10)) == 4000
+
+
 DAMAGE = {
     "truncated": lambda folder: os.truncate(folder / "train.arrow", 1000),
     "a flipped byte": lambda folder: _flip(folder / "train.arrow"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import kept_by_autograd
 from torch import Tensor, nn
 from transformers import Gemma2Config, Phi3Config, Qwen2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
@@ -59,14 +60,8 @@ def test_slopes_are_those_of_finite_differences(wants: tuple[bool, bool]) -> Non
 
 def test_three_inner_activations_are_kept_instead_of_four() -> None:
     def kept(module: nn.Module) -> int:
-        found: dict[int, Tensor] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            return found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            module(torch.randn(1, ROWS, HIDDEN, requires_grad=True))
-        return sum(tensor.shape[-1] == WIDTH and tensor.numel() == ROWS * WIDTH for tensor in found.values())
+        tensors = kept_by_autograd(lambda: module(torch.randn(1, ROWS, HIDDEN, requires_grad=True)))
+        return sum(tensor.shape[-1] == WIDTH and tensor.numel() == ROWS * WIDTH for tensor in tensors)
 
     module = network()
     assert kept(module) == 4

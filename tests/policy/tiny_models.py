@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,19 @@ def examples(*, responses: int, seed: int = 0, count: int = 4) -> list[Example]:
         )
         for number, length in enumerate(prompt_lengths)
     ]
+
+
+def kept_by_autograd(run: Callable[[], object]) -> list[Tensor]:
+    """What a forward pass keeps for its backward pass, weights among it; one tensor of every storage."""
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return list(found.values())
 
 
 def plain_logps(model: PreTrainedModel, rows: list[Example], *, route: str = "sdpa") -> list[Tensor]:
