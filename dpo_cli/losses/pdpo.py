@@ -11,6 +11,10 @@ from dpo_cli.losses.dpo import dpo_loss
 from dpo_cli.losses.log_ratios import log_ratio
 from dpo_cli.losses.types import LossValues, PairLogps, SampleLogps, declare
 
+# Log ratios, in nats a response, closer than this are equal: rounding alone tells them apart. At the start of a run all
+# are, and without it each sample's gradient there would be a matter of chance, of how rows happen to be packed.
+_TIE = 1e-3
+
 
 @declare(on_policy=True)
 def pdpo_loss(
@@ -30,7 +34,7 @@ def pdpo_loss(
         reward(y) = beta * log(policy(y|x) / reference(y|x))
         gap       = reward(g) - reward(y),  of which log policy(y|x) alone carries gradient
 
-        hinge            value = gamma * max(gap, 0)
+        hinge            value = gamma * max(gap, 0), and 0 where gap <= beta * 0.001, which is rounding
         unhinged         value = gamma * gap
         policy_gradient  value = -gamma * clip(advantage) * log policy(y|x),  no gradient through the advantage
 
@@ -49,8 +53,9 @@ def pdpo_loss(
     advantage_clip: > 0, advantages are cut to [-advantage_clip, advantage_clip].
     label_smoothing, nll_alpha: of DPO.
     Returns with pairs the rewards and the part loss/dpo; with samples the parts loss/generator (before its weight),
-    generator/active_fraction (gap > 0), generator/reward_gap, and generator/kl: the mean of log(policy / reference) of
-    samples, which for samples of the policy itself estimates KL(policy, reference) without bias, in nats a response.
+    generator/active_fraction (of a gap beyond rounding), generator/reward_gap, and generator/kl: the mean of
+    log(policy / reference) of samples, which for samples of the policy itself estimates KL(policy, reference) without
+    bias, in nats a response.
     Raises LossInputError when reference logps are absent.
     Source: our own; the discriminator is DPO, arXiv:2305.18290, the leave-one-out baseline RLOO, arXiv:2402.14740.
     """
@@ -62,8 +67,9 @@ def pdpo_loss(
     ratio = log_ratio(batch.policy, batch.reference)
     reward = beta * ratio
     gap = truth - reward
+    tied_or_above = gap <= beta * _TIE
     if generator == "hinge":
-        term = gap.relu()
+        term = gap.masked_fill(tied_or_above, 0.0)
     elif generator == "unhinged":
         term = gap
     else:
@@ -72,7 +78,7 @@ def pdpo_loss(
         term = -advantage * batch.policy
     parts = {
         "loss/generator": term.detach(),
-        "generator/active_fraction": (gap > 0).to(gap.dtype),
+        "generator/active_fraction": (~tied_or_above).to(gap.dtype),
         "generator/reward_gap": gap.detach(),
         "generator/kl": ratio.detach(),
     }

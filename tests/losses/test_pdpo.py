@@ -101,6 +101,21 @@ def test_a_sample_ranked_exactly_as_the_truth_is_not_below_it() -> None:
     assert (values == 0).all() and (slopes == 0).all()
 
 
+def test_a_gap_of_rounding_is_none() -> None:
+    samples = samples_of(3)
+    assert samples.reference is not None
+    # 0.0009 nats below the truth, 0.0011, and not a number, which must not be taken for a tie.
+    truth = samples.policy.detach() + torch.tensor([0.0009, 0.0011, float("nan")], dtype=torch.float64)
+    almost = SampleLogps(
+        samples.policy, samples.reference, samples.tokens, truth, samples.reference, samples.prompt, 0
+    )  # fmt: skip
+    values, slopes = loss_and_slopes(almost, generator="hinge")
+    np.testing.assert_allclose(values, GAMMA * BETA * np.array([0, 0.0011, np.nan]), atol=1e-14)
+    np.testing.assert_allclose(slopes[:2], [0, -GAMMA * BETA], atol=1e-14)
+    active = pdpo_loss(almost, beta=BETA, gamma=GAMMA).parts["generator/active_fraction"]
+    np.testing.assert_array_equal(active[:2], [0, 1])
+
+
 def test_only_the_samples_own_log_prob_carries_gradient() -> None:
     samples = samples_of(5)
     leaves = [samples.reference, samples.truth_policy, samples.truth_reference]
