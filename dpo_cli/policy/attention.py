@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
@@ -35,6 +37,8 @@ PACKED_ATTENTION = "packed"
 MAX_PADDING_RATIO = 1.15
 # Scores (queries x keys) in one call, per head; bounds the mask and whatever the kernel materialises.
 MAX_SCORES_PER_CALL = 2**22
+# A position after all others.
+_NOWHERE = 2**31 - 1
 
 
 class RowAttention(Protocol):
@@ -64,7 +68,8 @@ class RowPlan:
 class Bucket:
     """Blocks attended to in one call: n of them, padded to Q queries and L keys.
 
-    query_positions, key_positions: (n, Q), (n, L) positions within prompt + response; padding keys have -1.
+    query_positions, key_positions: (n, Q), (n, L) int32, positions within prompt + response. Padding queries stand at
+        0, where they see the first key, as a softmax over nothing is NaN; padding keys at _NOWHERE.
     causal: blocks that see no key before their own. They need no mask, padded or not: what is padded stands after all
         that is seen.
     """
@@ -80,14 +85,11 @@ class Bucket:
         window: keys further back than that are unseen. A mask of bools would become one of these in every layer.
         """
         if (window, dtype) not in self._masks:
-            distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
-            seen = (distance >= 0) & (self.key_positions[:, None, :] >= 0)
+            queries, keys = self.query_positions[:, None, :, None], self.key_positions[:, None, None, :]
+            unseen = keys > queries
             if window is not None:
-                seen &= distance < window
-            # Padding queries see nothing, which would make their softmax NaN: let them see the first key.
-            seen[..., 0] |= ~seen.any(-1)
-            unseen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-            self._masks[window, dtype] = unseen[:, None]
+                unseen |= keys <= queries - window
+            self._masks[window, dtype] = torch.where(unseen, float("-inf"), 0.0).to(dtype)
         return self._masks[window, dtype]
 
 
@@ -161,21 +163,17 @@ def plan_attention(segments: Sequence[Segment], device: torch.device, *, tokens:
             groups.append([block])
             widest, deepest, needed = q, k, q * k
 
-    buckets, queries, keys, rows, places, offset = [], [], [], [], [], 0
-    for group in groups:
-        bucket, its_queries, its_keys = _bucket(group, device)
-        width = bucket.query_positions.shape[1]
-        for place, block in enumerate(group):
-            rows.append(torch.arange(block.query_start, block.query_end))
-            places.append(torch.arange(block.shape[0]) + offset + place * width)
-        offset += len(group) * width
-        buckets.append(bucket)
-        queries.append(its_queries)
-        keys.append(its_keys)
-    inverse = torch.zeros(tokens or sum(map(len, rows)), dtype=torch.int64)
-    inverse[torch.cat(rows)] = torch.cat(places)
+    inverse, offset = np.zeros(tokens or sum(block.shape[0] for block in blocks), np.int64), 0
+    rows = [_rows(group) for group in groups]
+    for group, (its_queries, *_) in zip(groups, rows, strict=True):
+        for block, first in zip(group, range(offset, offset + its_queries.size, its_queries.shape[1]), strict=True):
+            inverse[block.query_start : block.query_end] = np.arange(first, first + block.shape[0])
+        offset += its_queries.size
+    queries, query_positions, keys, key_positions = (list(arrays) for arrays in zip(*rows, strict=True))
+    positions = zip(groups, _each(query_positions, device), _each(key_positions, device), strict=True)
+    buckets = tuple(Bucket(q, k, causal=all(block.causal for block in group)) for group, q, k in positions)
     return AttentionPlan(
-        tuple(buckets), *(to_device(rows, device) for rows in (torch.cat(queries), torch.cat(keys), inverse))
+        buckets, _joined(queries, device), _joined(keys, device), to_device(torch.from_numpy(inverse), device)
     )
 
 
@@ -194,21 +192,30 @@ def _blocks(segment: Segment, *, cut: bool) -> Iterator[_Block]:
         yield _Block(start + first, start + last, prefix_start, prefix_end, key_start=start)
 
 
-def _bucket(blocks: Sequence[_Block], device: torch.device) -> tuple[Bucket, Tensor, Tensor]:
-    """With the rows that it takes queries and keys from: (n * Q,), (n * L,), not on the device yet."""
+def _rows(blocks: Sequence[_Block]) -> tuple[NDArray[np.integer], ...]:
+    """Of a bucket: the rows that it takes queries from, (n, Q), their positions, and the same of keys, (n, L)."""
     n, (width, depth) = len(blocks), map(max, zip(*(block.shape for block in blocks), strict=True))
-    queries, query_positions = torch.zeros(n, width, dtype=torch.int64), torch.full((n, width), -1)
-    keys, key_positions = torch.zeros(n, depth, dtype=torch.int64), torch.full((n, depth), -1)
+    queries, query_positions = np.zeros((n, width), np.int64), np.zeros((n, width), np.int32)
+    keys, key_positions = np.zeros((n, depth), np.int64), np.full((n, depth), _NOWHERE, np.int32)
     for row, block in enumerate(blocks):
         q, k = block.shape
         prefix = block.prefix_end - block.prefix_start
-        queries[row, :q] = torch.arange(block.query_start, block.query_end)
-        query_positions[row, :q] = torch.arange(k - q, k)
-        keys[row, :prefix] = torch.arange(block.prefix_start, block.prefix_end)
-        keys[row, prefix:k], key_positions[row, :k] = torch.arange(block.key_start, block.query_end), torch.arange(k)
-    causal = all(block.causal for block in blocks)
-    bucket = Bucket(to_device(query_positions, device), to_device(key_positions, device), causal)
-    return bucket, queries.flatten(), keys.flatten()
+        queries[row, :q] = np.arange(block.query_start, block.query_end)
+        query_positions[row, :q] = np.arange(k - q, k)
+        keys[row, :prefix] = np.arange(block.prefix_start, block.prefix_end)
+        keys[row, prefix:k] = np.arange(block.key_start, block.query_end)
+        key_positions[row, :k] = np.arange(k)
+    return queries, query_positions, keys, key_positions
+
+
+def _joined(arrays: Sequence[NDArray[np.integer]], device: torch.device) -> Tensor:
+    return to_device(torch.from_numpy(np.concatenate([array.ravel() for array in arrays])), device)
+
+
+def _each(arrays: Sequence[NDArray[np.integer]], device: torch.device) -> list[Tensor]:
+    """Parts of one tensor: a copy to a GPU costs more than what is copied."""
+    parts = _joined(arrays, device).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def packed_attention(
