@@ -37,6 +37,8 @@ PACKED_ATTENTION = "packed"
 MAX_PADDING_RATIO = 1.15
 # Scores (queries x keys) in one call, per head; bounds the mask and whatever the kernel materialises.
 MAX_SCORES_PER_CALL = 2**22
+# What some models hand their attention besides; none of it is computed in packed rows.
+_OTHER_INPUTS = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
 # A position after all others.
 _NOWHERE = 2**31 - 1
 
@@ -240,19 +242,30 @@ def packed_attention(
             raise ModelError(
                 f"{type(module).__name__} cannot be scored in packed rows: its layers do not hand the row's plan on."
             )
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+        return _plain_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if attention_mask is not None:
         raise ModelError(f"{type(module).__name__} builds a mask of its own, which packed rows cannot honour.")
-    for unsupported in ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices"):
-        if kwargs.get(unsupported) is not None:
-            raise ModelError(f"{type(module).__name__} uses {unsupported}, which packed attention does not compute.")
+    for other in _OTHER_INPUTS:
+        if kwargs.get(other) is not None:
+            raise ModelError(f"{type(module).__name__} uses {other}, which packed attention does not compute.")
     if dropout:
         raise ModelError("Attention dropout must be off: reference and policy would not be comparable.")
 
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, d)
     return segments.attention.attend(q, k, v, scaling=scaling, window=sliding_window)[None], None
+
+
+def _plain_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' own sdpa route, and on a CPU with a mask, when text is generated, the same without its detours."""
+    if mask is None or query.device.type != "cpu" or any(kwargs.get(other) is not None for other in _OTHER_INPUTS):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    # A CPU's kernel takes grouped queries beside a mask, so that keys and values need not be repeated.
+    attended = F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p=kwargs["dropout"], scale=kwargs["scaling"], enable_gqa=True
+    )
+    return attended.transpose(1, 2).contiguous(), None
 
 
 def _attend(bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:

@@ -45,9 +45,9 @@ def keep_few_kernels(dtype: torch.dtype) -> None:
 
 
 def teach_linear_layers(model: nn.Module, *, but: nn.Module) -> None:
-    """Have a model's plain linear layers, all but one, compute what suits in these ways."""
+    """Have a model's plain linear layers, all but one, compute what suits in these ways, where any could."""
     for module in model.modules():
-        if type(module) is nn.Linear and module is not but:
+        if type(module) is nn.Linear and module is not but and (_onednn_is_faster() or widens(module.weight)):
             module.__class__ = _Linear
 
 

@@ -158,7 +158,7 @@ def stream_tokens(
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and no gradient; every module's mode is put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
     model.eval()
     # Quicker where an operation costs more than its arithmetic. But what a model makes there and keeps, as code of its
     # own might, could not be trained with.
@@ -167,8 +167,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         with torch.inference_mode() if known else torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def _decode(
@@ -318,8 +318,8 @@ def _pad_left(prompts: Sequence[IntArray], width: int, pad_id: int) -> tuple[Ten
 
 def _until_stop(row: IntArray, stop_token_ids: Collection[int]) -> IntArray:
     """Cut after the first stop token. Judged by stop tokens alone: a padding id may be one that the model also says."""
-    stops = np.flatnonzero(np.isin(row, list(stop_token_ids)))
-    return row[: stops[0] + 1] if len(stops) else row
+    length = next((place for place, token in enumerate(row.tolist(), 1) if token in stop_token_ids), len(row))
+    return row[:length]
 
 
 def _takes(model: PreTrainedModel, name: str) -> bool:

@@ -6,7 +6,15 @@ from typing import get_args
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, EXACT_GRADIENTS, REFUSED_ARCHITECTURES, build, examples, plain_logps
+from tiny_models import (
+    ARCHITECTURES,
+    EXACT_GRADIENTS,
+    REFUSED_ARCHITECTURES,
+    VOCABULARY,
+    build,
+    examples,
+    plain_logps,
+)
 from torch import Tensor, nn
 
 from dpo_cli.batch.layout import pack, sum_by_response
@@ -218,6 +226,23 @@ def test_plain_calls_of_a_packed_model_still_work_and_generate(name: str) -> Non
     generated = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
     logits = model(input_ids=generated[:, :-1]).logits
     assert torch.equal(logits[0, 7:].argmax(-1), generated[0, 8:])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_plain_calls_under_a_mask_are_transformers_own(name: str) -> None:
+    """Rows padded on either side, as in text generation, where padding on the left leaves queries that see nothing."""
+    model = build(name, dtype=torch.float64).eval()
+    ids = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
+    seen = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [1] * 6 + [0] * 3])
+    found = []
+    for route in ("packed", "sdpa"):
+        model.set_attn_implementation(route)
+        with torch.no_grad():
+            states = model(input_ids=ids, attention_mask=seen, use_cache=True)
+            seen_later = torch.cat([seen, torch.ones(3, 2, dtype=seen.dtype)], dim=1)
+            more = model(input_ids=ids[:, :2], attention_mask=seen_later, past_key_values=states.past_key_values)
+        found.append(torch.cat([states.logits[seen.bool()], more.logits.flatten(0, 1)]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", REFUSED_ARCHITECTURES)

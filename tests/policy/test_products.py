@@ -92,13 +92,26 @@ def test_other_products_are_left_to_torch(asked: list[tuple[int, ...]], dtype: t
     assert not asked
 
 
-def test_the_head_and_layers_of_other_kinds_are_left_alone() -> None:
+@pytest.mark.parametrize(
+    ("capability", "has_bfloat16", "dtype", "taught"),
+    [
+        ("AVX512", True, torch.float32, True),
+        ("AVX2", False, torch.bfloat16, True),
+        # Nothing is gained, and asking at every call costs a small model more than its product.
+        ("AVX2", False, torch.float32, False),
+    ],
+)
+def test_the_head_and_layers_of_other_kinds_are_left_alone_and_all_where_nothing_is_gained(
+    capability: str, has_bfloat16: bool, dtype: torch.dtype, taught: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Other(nn.Linear):
         pass
 
-    model = nn.ModuleDict({"layer": nn.Linear(2, 2), "other": Other(2, 2), "head": nn.Linear(2, 2)})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products, "_has_bfloat16", lambda: has_bfloat16)
+    model = nn.ModuleDict({"layer": nn.Linear(2, 2), "other": Other(2, 2), "head": nn.Linear(2, 2)}).to(dtype)
     teach_linear_layers(model, but=model["head"])
-    assert [type(module) is nn.Linear for module in model.values()] == [False, False, True]
+    assert [type(module) is nn.Linear for module in model.values()] == [not taught, False, True]
     assert type(model["other"]) is Other and isinstance(model["layer"], nn.Linear)
 
 
