@@ -48,7 +48,7 @@ class Normalisers:
     @classmethod
     def counts(cls, indices: Indices, sampled: Sequence[Sampled]) -> Normalisers:
         """How many there are, for a loss that is divided by that."""
-        return cls(len(indices), sum(len(each.example.responses) - 1 for each in sampled))
+        return cls(len(indices), sum(len(each.drawn) for each in sampled))
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,8 @@ class BatchLoss:
             values = self.objective(preferences, micro.preferences)
             self.objective.record(metrics, values, preferences, micro.preferences)
             shares.append(values.values.sum() / by.preferences)
-        if micro.generated:
-            values = self.objective.of_samples(sampled, micro.generated, step)
+        if micro.drawn:
+            values = self.objective.of_samples(sampled, micro.drawn, step)
             for name, part in values.parts.items():
                 metrics.add(name, part)
             shares.append(values.values.sum() / by.samples)
@@ -271,7 +271,7 @@ class BatchLoss:
         # A response borrowed from another prompt, or one that is only evaluated, is no example of what is being learnt;
         # what the policy wrote is no example of the data.
         learnt = None if self.objective.trained_responses is None else firsts
-        if micro.sampled:
+        if micro.drawn:
             learnt = row.response_of_token < sum(row.responses_per_example[: len(micro.preferences)])
             firsts &= learnt
         metrics.add("entropy", scores.statistics["entropy"], learnt)
@@ -290,7 +290,7 @@ def _examples(micros: Sequence[MicroBatch]) -> list[Example]:
 
 
 def _samples(micro: MicroBatch) -> int:
-    return sum(len(example.responses) - 1 for example in micro.generated)
+    return sum(map(len, micro.drawn))
 
 
 def _responses(micros: Sequence[MicroBatch]) -> int:

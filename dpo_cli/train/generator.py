@@ -27,7 +27,7 @@ from dpo_cli.reference.sums import ReferenceSums, weighted_sum
 from dpo_cli.rollout.noise import stream
 from dpo_cli.train.metric_sums import MetricSums
 from dpo_cli.train.metrics_log import MetricsLog
-from dpo_cli.train.micro_batch import Sampled
+from dpo_cli.train.micro_batch import Sampled, first_places
 
 # The group of a checkpoint that holds answers waiting for their step.
 BUFFER = "rollout"
@@ -190,7 +190,7 @@ class Generator:
         for at, answer in enumerate(answers):
             reference = answer.reference.copy()
             reference[self._unscored(answer)] = told.get(at, [])
-            scored_answers.append(replace(answer, reference=reference))
+            scored_answers.append(replace(answer, reference=reference[first_places(answer.samples)]))
         return scored_answers
 
     def _question(self, answer: _Answer) -> Example:
@@ -207,8 +207,9 @@ class Generator:
         return replace(answer, reference=reference)
 
     def _unscored(self, answer: _Answer) -> list[int]:
-        """The places of the samples that count and have no reference yet."""
-        return [place for place in self._counts(answer) if np.isnan(answer.reference[place])]
+        """The places of the samples that count and have no reference yet; of equal ones, the first."""
+        first = first_places(answer.samples)
+        return [place for place in self._counts(answer) if first[place] == place and np.isnan(answer.reference[place])]
 
     def _counts(self, answer: _Answer) -> list[int]:
         """The places of the samples that count."""
@@ -226,10 +227,7 @@ class Generator:
 
     def _sampled(self, answer: _Answer) -> Sampled:
         truth = self.truths[answer.prompt]
-        return Sampled(
-            Example(truth.prompt, truth.responses + answer.samples, origin=truth.origin),
-            np.concatenate([self.reference.of(answer.prompt), answer.reference]),
-        )
+        return Sampled.of(truth, answer.samples, np.concatenate([self.reference.of(answer.prompt), answer.reference]))
 
     def _count(self, answers: Sequence[_Answer], step: int, metrics: MetricSums) -> None:
         samples = [sample for answer in answers for sample in answer.samples]

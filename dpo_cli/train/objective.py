@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,12 +107,12 @@ class Objective:
         """Unreduced values, (examples,)."""
         return as_loss_values(self.loss(self._loss_input(logps, examples)), len(examples))
 
-    def of_samples(self, logps: ResponseLogps, examples: Sequence[Example], step: int) -> LossValues:
+    def of_samples(self, logps: ResponseLogps, drawn: Sequence[Sequence[int]], step: int) -> LossValues:
         """Unreduced values of what the policy wrote, (samples,).
 
-        examples: prompts of the generator, whose first response is the ground truth. step: counted from 0.
+        logps: of prompts of the generator. drawn: as `Sampled.drawn`, for each prompt. step: counted from 0.
         """
-        samples = _samples(logps, examples, step)
+        samples = _samples(logps, drawn, step)
         return as_loss_values(self.loss(samples), len(samples.policy))
 
     def _loss_input(self, logps: ResponseLogps, examples: Sequence[Example]) -> LossInput:
@@ -196,24 +195,22 @@ def _ranked(logps: ResponseLogps) -> RankedLogps:
     )
 
 
-def _samples(logps: ResponseLogps, examples: Sequence[Example], step: int) -> SampleLogps:
-    """A sample that equals its truth, token for token, is compared with itself: rounding decides nothing then."""
-    device, samples, truths, prompts = logps.policy.device, [], [], []
-    starts = itertools.accumulate(logps.per_example[:-1], initial=0)
-    for prompt, (example, start) in enumerate(zip(examples, starts, strict=True)):
-        truth, *drawn = example.responses
-        for number, response in enumerate(drawn, start=1):
-            samples.append(start + number)
-            truths.append(start + number if np.array_equal(response, truth) else start)
-            prompts.append(prompt)
-    where, compared = to_device(torch.tensor(samples), device), to_device(torch.tensor(truths), device)
+def _samples(logps: ResponseLogps, drawn: Sequence[Sequence[int]], step: int) -> SampleLogps:
+    """The first response of a prompt is its truth. A sample that repeats it is compared with itself."""
+    device = logps.policy.device
+    starts = list(itertools.accumulate(logps.per_example[:-1], initial=0))
+    counts = torch.tensor([len(places) for places in drawn])
+    where = torch.tensor([start + place for start, places in zip(starts, drawn, strict=True) for place in places])
+    prompts = torch.arange(len(drawn)).repeat_interleave(counts)
+    truths = to_device(torch.tensor(starts)[prompts], device)
+    where, prompts = to_device(where, device), to_device(prompts, device)
     return SampleLogps(
         policy=logps.policy[where],
         reference=None if logps.reference is None else logps.reference[where],
         tokens=logps.tokens[where],
-        truth_policy=logps.policy.detach()[compared],
-        truth_reference=None if logps.reference is None else logps.reference[compared],
-        prompt=to_device(torch.tensor(prompts), device),
+        truth_policy=logps.policy.detach()[truths],
+        truth_reference=None if logps.reference is None else logps.reference[truths],
+        prompt=prompts,
         step=step,
     )
 

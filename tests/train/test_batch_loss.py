@@ -308,7 +308,10 @@ PDPO = functools.partial(pdpo_loss, beta=0.3, gamma=0.7)
 def sampled_rows(count: int, samples: int = 2, seed: int = 5) -> list[Sampled]:
     rows = random_examples(count, lambda _: 1 + samples, seed=seed)
     rng = np.random.default_rng(seed)
-    return [Sampled(replace(row, origin=f"truth {n}"), -9 * rng.random(1 + samples)) for n, row in enumerate(rows)]
+    drawn = tuple(range(1, 1 + samples))
+    return [
+        Sampled(replace(row, origin=f"truth {n}"), -9 * rng.random(1 + samples), drawn) for n, row in enumerate(rows)
+    ]
 
 
 def mixed(examples: list[Example], sampled: list[Sampled], budget: int, ranks: int = 1) -> list[list[MicroBatch]]:
@@ -329,7 +332,7 @@ def test_pdpos_loss_is_that_of_the_pairs_and_gamma_times_that_of_the_samples(gen
     examples, sampled = random_examples(7), sampled_rows(4)
     loss = functools.partial(PDPO, generator=generator, advantage_clip=0.5)
     (micros,) = mixed(examples, sampled, budget=10_000)
-    assert len(micros) == 1 and micros[0].sampled == 4
+    assert len(micros) == 1 and len(micros[0].drawn) == 4
     value, found, _ = gradient(loss, micros)
 
     packed = packed_model()
@@ -370,7 +373,7 @@ def test_pdpos_gradient_is_the_slope_of_its_formula(monkeypatch: pytest.MonkeyPa
         pairs = [[s.astype(np.float64).sum() for s in row] for row in score_examples(packed, examples)]
         margins = np.array([0.3 * ((w + 2 * n) - (r + 2 * n + 1)) for n, (w, r) in enumerate(pairs)])
         gaps = []
-        for example, reference in sampled:
+        for example, reference, _ in sampled:
             drawn = [s.astype(np.float64).sum() for s in score_examples(packed, [example])[0][1:]]
             truth = 0.3 * (truths[example.origin] - reference[0])
             gaps += [truth - 0.3 * (logp - own) for logp, own in zip(drawn, reference[1:], strict=True)]
@@ -393,7 +396,7 @@ def test_pdpos_gradient_is_the_slope_of_its_formula(monkeypatch: pytest.MonkeyPa
 def test_samples_are_cut_into_microbatches_without_changing_anything(budget: int) -> None:
     examples, sampled = random_examples(9), sampled_rows(5, samples=3)
     (whole,), (parts,) = mixed(examples, sampled, budget=10_000), mixed(examples, sampled, budget=budget)
-    assert sum(micro.sampled for micro in parts) == 5
+    assert sum(len(micro.drawn) for micro in parts) == 5
     first, second = gradient(PDPO, whole), gradient(PDPO, parts)
     assert second[0] == pytest.approx(first[0], rel=1e-12)
     for name, expected in first[1].items():
@@ -409,7 +412,7 @@ def test_ranks_share_samples_and_pairs_and_do_equally_many_passes() -> None:
     assert sorted(shown) == sorted([*(e.origin for e in examples), *(s.example.origin for s in sampled)])
     for share in shares:
         for micro in share:
-            assert all(e.origin.startswith("truth") for e in micro.generated)
+            assert all(e.origin.startswith("truth") for e in micro.examples[len(micro.preferences) :])
             assert not any(e.origin.startswith("truth") for e in micro.preferences)
 
 
@@ -424,10 +427,35 @@ def test_what_the_policy_wrote_is_in_no_metric_of_the_data() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("loss", [
+    PDPO,
+    functools.partial(PDPO, generator="unhinged"),
+    functools.partial(PDPO, generator="policy_gradient", baseline="leave_one_out"),
+])  # fmt: skip
+def test_what_is_said_twice_teaches_as_if_it_had_been_computed_twice(loss: Any) -> None:
+    examples, rows = random_examples(3), sampled_rows(4, samples=3)
+    once, twice = [], []
+    for (truth, first, second, _), reference in ((row.example.responses, row.reference) for row in rows):
+        said, places = [truth, first, truth, second, first], [0, 1, 0, 2, 1]
+        example = replace(rows[len(once)].example, responses=tuple(said))
+        twice.append(Sampled(example, reference[places], (1, 2, 3, 4)))
+        once.append(Sampled.of(replace(example, responses=(truth,)), said[1:], reference[places]))
+        assert once[-1].drawn == (1, 0, 2, 1) and len(once[-1].example.responses) == 3
+    (deduplicated,), (plain,) = mixed(examples, once, budget=1000), mixed(examples, twice, budget=1000)
+    assert sum(len(pack(micro.examples).input_ids) for micro in deduplicated) < sum(
+        len(pack(micro.examples).input_ids) for micro in plain
+    )
+    first, second = gradient(loss, deduplicated), gradient(loss, plain)
+    assert second[0] == pytest.approx(first[0], rel=1e-12)
+    for name, expected in first[1].items():
+        torch.testing.assert_close(second[1][name], expected, rtol=1e-9, atol=1e-12)
+    assert second[2].means() == pytest.approx(first[2].means(), rel=1e-9)
+
+
 def test_a_sample_that_says_what_the_truth_says_has_no_gap_to_it_whatever_the_rounding() -> None:
     (row,) = sampled_rows(1, samples=1)
     truth = row.example.responses[0]
-    same = Sampled(replace(row.example, responses=(truth, truth)), np.array([-3.0, -3.0 - 1e-7]))
+    same = Sampled.of(row.example, [truth.copy()], np.array([-3.0, -3.0 - 1e-7]))
     (micros,) = mixed(random_examples(2), [same], budget=1000)
     means = gradient(PDPO, micros)[2].means()
     assert means["generator/reward_gap"] == 0

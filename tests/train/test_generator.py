@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from dpo_cli.reference.sums import ReferenceSums
 from dpo_cli.rollout.answers import check_room, with_room
 from dpo_cli.train.generator import Generator, GeneratorBatch, GeneratorSettings
 from dpo_cli.train.metrics_log import MetricsLog, read_metrics
+from dpo_cli.train.micro_batch import Sampled
 
 STOP = 9
 SETTINGS = GeneratorSettings(
@@ -87,34 +88,68 @@ def generator(path: Path, author: Author, ranks: Ranks | None = None, **settings
 
 def plain(batch: GeneratorBatch) -> list[Any]:
     return [
-        (each.example.origin, [list(r) for r in each.example.responses], list(each.reference)) for each in batch.sampled
+        (each.example.origin, [list(r) for r in each.example.responses], list(each.reference), each.drawn)
+        for each in batch.sampled
     ]
+
+
+def samples_of(each: Sampled) -> list[Any]:
+    return [each.example.responses[place] for place in each.drawn]
+
+
+def scored_by_hand(example: Example, response: Any) -> float:
+    return -(float(response.sum()) + len(response) * len(example.prompt))
 
 
 def test_every_sample_stands_beside_its_truth_with_the_references_of_both(tmp_path: Path) -> None:
     for step in range(6):
         batch = generator(tmp_path, Author()).batch(step)
         assert batch.sampled
-        for example, reference in batch.sampled:
+        for example, reference, drawn in batch.sampled:
             number = int(example.origin.removeprefix("row "))
             assert list(example.responses[0]) == [7, number % 6, STOP]
             assert reference[0] == -number - 0.5
-            scored = [-(float(r.sum()) + len(r) * len(example.prompt)) for r in example.responses[1:]]
-            assert list(reference[1:]) == scored
+            assert list(reference[1:]) == [scored_by_hand(example, r) for r in example.responses[1:]]
+            assert drawn == (1, 2)[: len(drawn)]
 
 
 def test_samples_that_never_ended_are_counted_and_left_out_unless_they_are_kept(tmp_path: Path) -> None:
     whole = generator(tmp_path, Author(), keep_cut=True).batch(0)
     ended = generator(tmp_path, Author()).batch(0)
-    everything = [r for each in whole.sampled for r in each.example.responses[1:]]
+    everything = [r for each in whole.sampled for r in samples_of(each)]
     assert len(everything) == 8
     assert {r[-1] == STOP for r in everything} == {True, False}
-    kept = [list(r) for each in ended.sampled for r in each.example.responses[1:]]
+    kept = [list(r) for each in ended.sampled for r in samples_of(each)]
     assert kept == [list(r) for r in everything if r[-1] == STOP]
     for batch in (whole, ended):
         means = batch.metrics.means()
         assert means["generator/eos_rate"] == len(kept) / 8
         assert means["generator/length"] == np.mean([len(r) for r in everything])
+
+
+def test_what_is_said_twice_is_scored_once_and_goes_through_the_model_once(tmp_path: Path) -> None:
+    """A sample that repeats its truth has the truth's place and reference, one that repeats another has the other's."""
+    cut = ids(5, 5)
+
+    class Repeating(Author):
+        scored: ClassVar[list[int]] = []
+
+        def respond(self, prompts: Sequence[Any], streams: Sequence[int], truths: Sequence[Any]) -> list[list[Any]]:
+            return [[ids(4, STOP), truth.copy(), cut, ids(4, STOP), ids(6, STOP), cut] for truth in truths]
+
+        @classmethod
+        def score(cls, examples: Sequence[Example]) -> list[list[Any]]:
+            cls.scored += [len(example.responses) for example in examples]
+            return Author.score(examples)
+
+    for each in generator(tmp_path, Repeating()).batch(0).sampled:
+        number = int(each.example.origin.removeprefix("row "))
+        truth = ids(7, number % 6, STOP)
+        assert [list(r) for r in each.example.responses] == [list(truth), [4, STOP], [6, STOP]]
+        assert each.drawn == (1, 0, 1, 2)
+        scored = [scored_by_hand(each.example, response) for response in (ids(4, STOP), ids(6, STOP))]
+        assert list(each.reference) == [-number - 0.5, *scored]
+    assert Repeating.scored == [2] * 4
 
 
 def test_a_policy_that_never_ends_leaves_nothing_to_learn_from(tmp_path: Path) -> None:
@@ -140,7 +175,7 @@ def test_no_two_steps_draw_the_same_for_a_prompt(tmp_path: Path) -> None:
     drawn: dict[str, list[Any]] = {}
     for step in range(12):
         for each in one.batch(step).sampled:
-            drawn.setdefault(each.example.origin, []).append([list(r) for r in each.example.responses[1:]])
+            drawn.setdefault(each.example.origin, []).append([list(r) for r in samples_of(each)])
     assert all(first != second for first, second, *_ in drawn.values())
 
 

@@ -84,7 +84,7 @@ def micro_batches(responses: int, samples: int) -> list[MicroBatch]:
         drawn = [Example(ids(), tuple(ids() for _ in range(1 + samples))) for _ in range(2)] if samples else []
         all_of_them = (*examples, *drawn)
         sums = tuple(rng.normal(-30, 3, len(example.responses)) for example in all_of_them)
-        return MicroBatch(all_of_them, sums, sampled=len(drawn))
+        return MicroBatch(all_of_them, sums, drawn=(tuple(range(1, 1 + samples)),) * len(drawn))
 
     return [micro() for _ in range(3)]
 
