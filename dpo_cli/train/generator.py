@@ -168,11 +168,21 @@ class Generator:
         return waiting
 
     def _scored(self, answers: Sequence[_Answer]) -> list[_Answer]:
-        """With the reference's log-probs of the samples that count."""
-        answers = [self._where_they_are_truths(answer) for answer in answers]
-        questions = {at: self._question(answer) for at, answer in enumerate(answers) if self._unscored(answer)}
+        """With the reference's log-probs of the samples that count; of what is said twice they are asked for once."""
+        unscored = [self._unscored(answer) for answer in answers]
+        each = list(enumerate(zip(answers, unscored, strict=True)))
+        told = self._asked_of_reference({at: self._question(*asked) for at, asked in each if asked[1]})
+        scored = []
+        for at, (answer, places) in each:
+            reference = np.concatenate([self.reference.of(answer.prompt), answer.reference])
+            reference[[1 + place for place in places]] = told.get(at, [])
+            scored.append(replace(answer, reference=reference[first_places(self._said(answer))][1:]))
+        return scored
+
+    def _asked_of_reference(self, questions: Mapping[int, Example]) -> dict[int, list[float]]:
+        """Each question's sums, response by response; all ranks ask the same, and each scores its share."""
         if not questions:
-            return answers
+            return {}
         places = list(questions)
         sizes = [questions[at].packed_tokens for at in places]
         budget = self.settings.tokens_per_microbatch
@@ -185,31 +195,20 @@ class Generator:
                     (at, [weighted_sum(each, None) for each in scored])
                     for at, scored in zip(together, logps, strict=True)
                 )
-        told = {at: sums for part in self.ranks.gather(mine) for at, sums in part.items()}
-        scored_answers = []
-        for at, answer in enumerate(answers):
-            reference = answer.reference.copy()
-            reference[self._unscored(answer)] = told.get(at, [])
-            scored_answers.append(replace(answer, reference=reference[first_places(answer.samples)]))
-        return scored_answers
+        return {at: sums for part in self.ranks.gather(mine) for at, sums in part.items()}
 
-    def _question(self, answer: _Answer) -> Example:
+    def _question(self, answer: _Answer, places: Sequence[int]) -> Example:
         truth = self.truths[answer.prompt]
-        samples = tuple(answer.samples[place] for place in self._unscored(answer))
-        return Example(truth.prompt, samples, origin=truth.origin)
+        return Example(truth.prompt, tuple(answer.samples[place] for place in places), origin=truth.origin)
 
-    def _where_they_are_truths(self, answer: _Answer) -> _Answer:
-        """With what the reference says of the truth for samples that repeat it; of a trained policy's, many do."""
-        truth, reference = self.truths[answer.prompt].responses[0], answer.reference.copy()
-        for place in self._counts(answer):
-            if np.array_equal(answer.samples[place], truth):
-                reference[place] = self.reference.of(answer.prompt)[0]
-        return replace(answer, reference=reference)
+    def _said(self, answer: _Answer) -> tuple[IntArray, ...]:
+        """The truth, whose reference is known, and the samples; of a trained policy's, many repeat the truth."""
+        return (self.truths[answer.prompt].responses[0], *answer.samples)
 
     def _unscored(self, answer: _Answer) -> list[int]:
-        """The places of the samples that count and have no reference yet; of equal ones, the first."""
-        first = first_places(answer.samples)
-        return [place for place in self._counts(answer) if first[place] == place and np.isnan(answer.reference[place])]
+        """The places of the samples that count and repeat nothing said before."""
+        first = first_places(self._said(answer))
+        return [place for place in self._counts(answer) if first[1 + place] == 1 + place]
 
     def _counts(self, answer: _Answer) -> list[int]:
         """The places of the samples that count."""
