@@ -40,7 +40,7 @@ class StepCase:
     heads: int = 8
     kv_heads: int = 2
     global_pairs: int = 8
-    micro_pairs: int = 4
+    micro_pairs: int = 8
     warmup_steps: int = 1
     timed_steps: int = 3
     learning_rate: float = 1e-4
@@ -78,6 +78,8 @@ CASES = {
     "response-heavy": _RESPONSES,
     "prompt-heavy, checkpointed": replace(_PROMPTS, gradient_checkpointing=True),
     "response-heavy, checkpointed": replace(_RESPONSES, gradient_checkpointing=True),
+    "prompt-heavy, 4 pairs at once": replace(_PROMPTS, micro_pairs=4),
+    "response-heavy, 4 pairs at once": replace(_RESPONSES, micro_pairs=4),
     "prompt-heavy, bfloat16": replace(_PROMPTS, dtype="bfloat16"),
     "response-heavy, bfloat16": replace(_RESPONSES, dtype="bfloat16"),
     "prompt-heavy, wide vocabulary": replace(_PROMPTS, **_FEW),
