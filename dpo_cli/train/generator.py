@@ -63,12 +63,25 @@ class GeneratorBatch:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What was written to one prompt. drawn_at: the step at which. reference: (samples,) sums, NaN where unscored."""
+    """What was written to one prompt, whose place among the truths is `prompt`.
+
+    drawn_at: the step at which. reference: (samples,) sums, NaN where unscored.
+    """
 
     prompt: int
+    truth: Example
     drawn_at: int
     samples: tuple[IntArray, ...]
     reference: NDArray[np.float64]
+
+    @property
+    def said(self) -> tuple[IntArray, ...]:
+        """The truth, whose reference is known, and the samples; of a trained policy's, many repeat the truth."""
+        return (self.truth.responses[0], *self.samples)
+
+    def question(self, places: Sequence[int]) -> Example:
+        """The prompt with the samples at these places."""
+        return Example(self.truth.prompt, tuple(self.samples[place] for place in places), origin=self.truth.origin)
 
 
 @dataclass
@@ -132,7 +145,7 @@ class Generator:
         start = 0
         for step, prompt, drawn_at, count in saved["rows"].tolist():
             stop = start + count
-            answer = _Answer(prompt, drawn_at, tuple(samples[start:stop]), reference[start:stop])
+            answer = _Answer(prompt, self.truths[prompt], drawn_at, tuple(samples[start:stop]), reference[start:stop])
             self._waiting.setdefault(step, []).append(answer)
             start = stop
 
@@ -147,20 +160,21 @@ class Generator:
                 cycled_batch(step, seed=settings.seed, examples=len(self.truths), size=settings.prompts_per_step)
             )
         ]
+        truths = [self.truths[prompt] for *_, prompt in asked]
         # Long prompts and short ones on every rank, so that none waits long for the others.
-        mine = sorted(range(len(asked)), key=lambda at: (-len(self.truths[asked[at][2]].prompt), at))
+        mine = sorted(range(len(asked)), key=lambda at: (-len(truths[at].prompt), at))
         mine = mine[ranks.rank :: ranks.size]
-        mine_truths = [self.truths[asked[at][2]] for at in mine]
         written = self.respond(
-            [truth.prompt for truth in mine_truths],
+            [truths[at].prompt for at in mine],
             [stream(settings.seed, *asked[at][:2]) for at in mine],
-            [truth.responses[0] for truth in mine_truths],
+            [truths[at].responses[0] for at in mine],
         )
         told = {
             at: samples for part in ranks.gather(dict(zip(mine, written, strict=True))) for at, samples in part.items()
         }
         answers = [
-            _Answer(asked[at][2], now, tuple(told[at]), np.full(len(told[at]), np.nan)) for at in range(len(asked))
+            _Answer(prompt, truth, now, tuple(told[at]), np.full(len(told[at]), np.nan))
+            for at, ((*_, prompt), truth) in enumerate(zip(asked, truths, strict=True))
         ]
         waiting: dict[int, list[_Answer]] = {step: [] for step in steps}
         for (step, *_), answer in zip(asked, self._scored(answers), strict=True):
@@ -171,12 +185,12 @@ class Generator:
         """With the reference's log-probs of the samples that count; of what is said twice they are asked for once."""
         unscored = [self._unscored(answer) for answer in answers]
         each = list(enumerate(zip(answers, unscored, strict=True)))
-        told = self._asked_of_reference({at: self._question(*asked) for at, asked in each if asked[1]})
+        told = self._asked_of_reference({at: answer.question(places) for at, (answer, places) in each if places})
         scored = []
         for at, (answer, places) in each:
             reference = np.concatenate([self.reference.of(answer.prompt), answer.reference])
             reference[[1 + place for place in places]] = told.get(at, [])
-            scored.append(replace(answer, reference=reference[first_places(self._said(answer))][1:]))
+            scored.append(replace(answer, reference=reference[first_places(answer.said)][1:]))
         return scored
 
     def _asked_of_reference(self, questions: Mapping[int, Example]) -> dict[int, list[float]]:
@@ -197,17 +211,9 @@ class Generator:
                 )
         return {at: sums for part in self.ranks.gather(mine) for at, sums in part.items()}
 
-    def _question(self, answer: _Answer, places: Sequence[int]) -> Example:
-        truth = self.truths[answer.prompt]
-        return Example(truth.prompt, tuple(answer.samples[place] for place in places), origin=truth.origin)
-
-    def _said(self, answer: _Answer) -> tuple[IntArray, ...]:
-        """The truth, whose reference is known, and the samples; of a trained policy's, many repeat the truth."""
-        return (self.truths[answer.prompt].responses[0], *answer.samples)
-
     def _unscored(self, answer: _Answer) -> list[int]:
         """The places of the samples that count and repeat nothing said before."""
-        first = first_places(self._said(answer))
+        first = first_places(answer.said)
         return [place for place in self._counts(answer) if first[1 + place] == 1 + place]
 
     def _counts(self, answer: _Answer) -> list[int]:
@@ -225,8 +231,8 @@ class Generator:
         return int(ids[-1]) in self.settings.stop_token_ids
 
     def _sampled(self, answer: _Answer) -> Sampled:
-        truth = self.truths[answer.prompt]
-        return Sampled.of(truth, answer.samples, np.concatenate([self.reference.of(answer.prompt), answer.reference]))
+        reference = np.concatenate([self.reference.of(answer.prompt), answer.reference])
+        return Sampled.of(answer.truth, answer.samples, reference)
 
     def _count(self, answers: Sequence[_Answer], step: int, metrics: MetricSums) -> None:
         samples = [sample for answer in answers for sample in answer.samples]
@@ -241,7 +247,7 @@ class Generator:
 
     def _show(self, answers: Sequence[_Answer], step: int) -> None:
         for answer in answers[: self.settings.shown_per_step]:
-            truth = self.truths[answer.prompt]
+            truth = answer.truth
             self.log.append_row(
                 {
                     "step": step + 1,
