@@ -242,7 +242,7 @@ def packed_attention(
             raise ModelError(
                 f"{type(module).__name__} cannot be scored in packed rows: its layers do not hand the row's plan on."
             )
-        return _plain_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return plain_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if attention_mask is not None:
         raise ModelError(f"{type(module).__name__} builds a mask of its own, which packed rows cannot honour.")
     for other in _OTHER_INPUTS:
@@ -255,7 +255,7 @@ def packed_attention(
     return segments.attention.attend(q, k, v, scaling=scaling, window=sliding_window)[None], None
 
 
-def _plain_attention(
+def plain_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' own sdpa route, and on a CPU with a mask, when text is generated, the same without its detours."""

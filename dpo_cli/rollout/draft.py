@@ -27,7 +27,7 @@ _LOGITS_AT_ONCE = 2**25
 # weights, and between operations what that many weights' multiplications would take.
 _PASS_ON_GPU = 256.0
 _PASS_ON_CPU = 8.0
-_WEIGHTS_BETWEEN = 2.0**26
+_WEIGHTS_BETWEEN = 2.0**23
 # What is believed of guesses before any was tested: so many right, one wrong.
 _RIGHT_BEFORE_ONE_WRONG = 9.0
 

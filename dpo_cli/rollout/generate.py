@@ -7,7 +7,6 @@ what is measured or learnt.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.rollout.cache import growing_cache, without_gaps
 from dpo_cli.rollout.draft import WIDEST, Draft, Width, may_draft
+from dpo_cli.rollout.next_logits import next_logits
 from dpo_cli.rollout.noise import mix, uniform
 
 IntArray = NDArray[np.int32]
@@ -131,21 +131,13 @@ def stream_tokens(
     mode.
     """
     device = model.device
-    last_only: dict[str, Any] = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
-    cache = growing_cache()
+    forward, cache = next_logits(model), growing_cache()
     key = mix(torch.tensor([stream])).to(device)
     ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64))[None].to(device)
     seen = torch.ones_like(ids)
     positions = torch.arange(ids.shape[1], device=device)[None]
     for number in range(sampling.max_new_tokens):
-        logits = model(
-            input_ids=ids,
-            attention_mask=seen,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **last_only,
-        ).logits[:, -1]
+        logits = forward(ids, seen, positions, cache, 1)[:, 0]
         ids = _choose(logits, uniform(key, torch.tensor([number], device=device)), sampling)[None]
         token = int(ids)
         yield token
@@ -194,15 +186,10 @@ def _decode(
         most = min(draft.longest, longest - 1)
         guesses = draft.guess(draft.width.best(len(owners), most, beside=ids.numel()))
         ids, seen = torch.cat([ids, guesses], dim=1), torch.cat([seen, torch.ones_like(guesses)], dim=1)
-    # Of a prompt only the last position's logits are wanted.
-    last_only: dict[str, Any] = {}
-    if _takes(model, "logits_to_keep"):
-        last_only["logits_to_keep"] = guesses.shape[1] + 1
-    cache = growing_cache()
+    forward, cache = next_logits(model), growing_cache()
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
-    logits: Tensor = model(
-        input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, **last_only
-    ).logits[:, -1 - guesses.shape[1] :]
+    # Of a prompt only the last position's logits are wanted.
+    logits = forward(ids, seen, positions, cache, 1 + guesses.shape[1])
     # Of the last token of each prompt.
     start = positions[:, -1 - guesses.shape[1]]
     if len(owners) != len(ids) or len(ids) > 1:
@@ -269,13 +256,7 @@ def _decode(
         seen = torch.cat([seen, torch.ones_like(tokens)], dim=1)
         # Guesses past the longest response are not looked at, and may have no position.
         places = (written[:, None] + steps[: tokens.shape[1]]).clamp_(max=longest)
-        logits = model(
-            input_ids=tokens,
-            attention_mask=seen,
-            position_ids=start[:, None] + places,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
+        logits = forward(tokens, seen, start[:, None] + places, cache, tokens.shape[1])
     return responses[:, 3 : 3 + longest].cpu().numpy().astype(np.int32)
 
 
@@ -321,6 +302,3 @@ def _until_stop(row: IntArray, stop_token_ids: Collection[int]) -> IntArray:
     length = next((place for place, token in enumerate(row.tolist(), 1) if token in stop_token_ids), len(row))
     return row[:length]
 
-
-def _takes(model: PreTrainedModel, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters

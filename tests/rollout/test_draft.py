@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from dpo_cli.rollout.cache import GrowingLayer
 from dpo_cli.rollout.draft import Draft, Width
 from dpo_cli.rollout.generate import Sampling, generate
+from dpo_cli.rollout.next_logits import next_logits
 from dpo_cli.rollout.noise import stream
 
 VOCABULARY = 17
@@ -40,9 +41,8 @@ def prompts() -> list[np.ndarray]:
 def passes(model: Qwen2ForCausalLM) -> Iterator[list[tuple[int, ...]]]:
     """The shapes of what goes through the model."""
     shapes: list[tuple[int, ...]] = []
-    hook = model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    next_logits(model)  # tries the model once, which is no pass of a sample's
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
     yield shapes
     hook.remove()
 
