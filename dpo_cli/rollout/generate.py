@@ -151,7 +151,8 @@ def stream_tokens(
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and no gradient; every module's mode is put back afterwards."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     # Quicker where an operation costs more than its arithmetic. But what a model makes there and keeps, as code of its
     # own might, could not be trained with.
     known = type(model).__module__.startswith("transformers.")
@@ -301,4 +302,3 @@ def _until_stop(row: IntArray, stop_token_ids: Collection[int]) -> IntArray:
     """Cut after the first stop token. Judged by stop tokens alone: a padding id may be one that the model also says."""
     length = next((place for place, token in enumerate(row.tolist(), 1) if token in stop_token_ids), len(row))
     return row[:length]
-

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ BENCH = Path(__file__).resolve().parent
 DOCUMENT = BENCH.parents[1] / "docs" / "performance.md"
 # When this process was asked for, in seconds of `time.time`; told to fresh processes.
 _LAUNCHED = "BENCH_LAUNCHED"
+_UNTIL_THREADS_SLEEP = 0.01
 
 # What one side of one repeat tells, and the repeats of every side.
 Run = dict[str, Any]
@@ -53,6 +55,49 @@ def run_fresh(script: str, *words: str, threads: int, **variables: str) -> Run:
     )
     found: Run = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def run_in_turns(script: str, sides: Mapping[str, Sequence[str]], *, threads: int) -> dict[str, Run]:
+    """Processes of one script at the same time, of which only one works at a time, step by step.
+
+    What else the machine does falls on all sides alike, be it for less than a second. Before each step a process says
+    "ready" and waits for a line; what it prints last is JSON.
+    """
+    environment = environment_of(threads)
+    with ExitStack() as alive:
+        processes = {}
+        for side, words in sides.items():
+            command = [sys.executable, str(BENCH / script), "--turns", *words]
+            process = subprocess.Popen(
+                command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
+            )
+            alive.callback(process.wait)
+            alive.callback(process.kill)
+            processes[side] = process
+        told: dict[str, Run] = {}
+        waiting = {side: _next_line(process) for side, process in processes.items()}
+        while waiting:
+            # The other way round in the next round.
+            for side in reversed(list(waiting)):
+                # Until the threads of the one before, which look for more work for a while, have gone to sleep.
+                time.sleep(_UNTIL_THREADS_SLEEP)
+                line = waiting.pop(side)
+                if line != "ready":
+                    told[side] = json.loads(line)
+                    continue
+                stdin = processes[side].stdin
+                assert stdin is not None
+                stdin.write("go\n")
+                waiting[side] = _next_line(processes[side])
+    return {side: told[side] for side in sides}
+
+
+def _next_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise subprocess.CalledProcessError(process.wait(), process.args)
+    return line.strip()
 
 
 def run_watched(script: str, *words: str, threads: int, **variables: str) -> Run:

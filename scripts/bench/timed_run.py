@@ -1,7 +1,8 @@
-"""A training as `dpo-train` does it, with a clock beside it: `timed_run.py OVERRIDE...` prints JSON.
+"""A training as `dpo-train` does it, with a clock beside it: `timed_run.py [--turns] OVERRIDE...` prints JSON.
 
-ends: of every step, in seconds since this process was asked for and in seconds of its processor time.
+starts, ends: of every step, in seconds since this process was asked for and in seconds of its processor time.
 metrics: the run's lines of training metrics.
+--turns: before the first step and after each one it says a line, and waits for one; see `bench_report.run_in_turns`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from dpo_cli.train.metrics_log import read_metrics
 class StepClock(RunConsole):
     """Notes when the progress of the training moves, which it does at the end of every step."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, turns: bool) -> None:
         super().__init__(Console(file=StringIO()))
+        self.starts: list[tuple[float, float]] = []
         self.ends: list[tuple[float, float]] = []
-        self._training = False
+        self._training, self._turns = False, turns
 
     @contextmanager
     def training(
@@ -39,26 +41,40 @@ class StepClock(RunConsole):
     ) -> Iterator[None]:
         self._training = True
         with super().training(total, done, history):
+            self._start()
             yield
         self._training = False
 
     def advance(self, done: int) -> None:
         super().advance(done)
         if self._training:
-            self.ends.append((seconds_since_launch(), time.process_time()))
+            self.ends.append(_now())
+            self._start()
+
+    def _start(self) -> None:
+        if self._turns:
+            print("ready", flush=True)
+            sys.stdin.readline()
+        self.starts.append(_now())
+
+
+def _now() -> tuple[float, float]:
+    return seconds_since_launch(), time.process_time()
 
 
 def main() -> None:
     # As late as dpo-train does it: a configuration is checked before torch is imported.
-    request = Request(tuple(sys.argv[1:]))
+    words = sys.argv[1:]
+    turns = words[:1] == ["--turns"]
+    request = Request(tuple(words[turns:]))
     config = check(compose(request))
     create_run_folder(config, request)
     from dpo_cli.train.run import run_training
 
-    folder, clock = Path(config.run_dir), StepClock()
+    folder, clock = Path(config.run_dir), StepClock(turns=turns)
     run_training(config, run_dir=folder, console=clock)
     lines = [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "train"]
-    print(json.dumps({"ends": clock.ends, "metrics": lines}))
+    print(json.dumps({"starts": clock.starts[: len(clock.ends)], "ends": clock.ends, "metrics": lines}))
 
 
 if __name__ == "__main__":
