@@ -125,9 +125,11 @@ class _Decoder:
         rotation = cos[:, :, None], torch.cat([-low, high], dim=-1)
         shared = _Pass(rows, rotation, _mask(seen, new, embedded.dtype), cache)
         hidden = embedded.flatten(0, 1)
-        for layer in self._layers:
-            hidden = layer(hidden, shared)
-        logits: Tensor = self._head(_normed(hidden.view(rows, new, -1)[:, -last:], self._norm))
+        *others, final = self._layers
+        for layer in others:
+            hidden = layer(hidden, shared, new)
+        hidden = final(hidden, shared, last)
+        logits: Tensor = self._head(_normed(hidden.view(rows, last, -1), self._norm))
         return logits
 
 
@@ -143,9 +145,12 @@ class _Layer:
         self._o, self._down = map(_linear, (attention.o_proj, network.down_proj))
         self._gate, self._up, self._activation = _linear(network.gate_proj), _linear(network.up_proj), network.act_fn
 
-    def __call__(self, hidden: Tensor, shared: _Pass) -> Tensor:
-        """(rows * new, d) -> (rows * new, d)."""
+    def __call__(self, hidden: Tensor, shared: _Pass, last: int) -> Tensor:
+        """(rows * new, d) -> (rows * last, d): of all new tokens keys and values, of the last ones the rest."""
         attended = self._attend(_normed(hidden, self._before_attention), shared)
+        hidden, attended = (
+            states.view(shared.rows, -1, states.shape[1])[:, -last:].flatten(0, 1) for states in (hidden, attended)
+        )
         hidden = _plus(hidden, attended, self._o)
         normed = _normed(hidden, self._before_network)
         product = self._activation(_times(normed, self._gate)).mul_(_times(normed, self._up))
