@@ -104,7 +104,7 @@ class _Pass:
 
     rows: int
     rotation: tuple[Tensor, Tensor]
-    mask: Tensor
+    mask: Tensor | None
     cache: Cache
 
 
@@ -176,12 +176,14 @@ def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
 
 
-def _mask(seen: Tensor, new: int, dtype: torch.dtype) -> Tensor:
-    """(rows, 1, new, tokens), to be added to scores.
+def _mask(seen: Tensor, new: int, dtype: torch.dtype) -> Tensor | None:
+    """(rows, 1, new, tokens), to be added to scores; None where attention without one is causal or sees everything.
 
     Not infinite: what sees nothing, padding, would become NaN, and make all that does not look at it NaN.
     """
     tokens = seen.shape[1]
+    if new in (1, tokens) and bool(seen.all()):
+        return None
     hidden = seen[:, None, None] == 0
     if new > 1:
         hidden = hidden | seen.new_ones(new, tokens, dtype=torch.bool).triu_(tokens - new + 1)

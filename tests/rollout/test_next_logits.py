@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpo_cli.policy.attention import plain_attention
 from dpo_cli.policy.lora import add_lora, without_adapters
 from dpo_cli.policy.packed_model import PackedModel
 from dpo_cli.rollout.cache import growing_cache
@@ -30,12 +32,16 @@ def model_of(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def told(way: NextLogits) -> Tensor:
-    """Logits of a padded prompt, of a token, of several with a gap among those before, and of one that is wanted."""
+def told(way: NextLogits, *, padded: bool = True) -> Tensor:
+    """Logits of a prompt, of a token, of several, of which all or some are wanted.
+
+    padded: the prompt is, and one token is not seen by those after it.
+    """
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCABULARY, (3, 14), generator=draw)
     seen = torch.ones_like(ids)
-    seen[0, :5], seen[1, :2], seen[2, 7] = 0, 0, 0
+    if padded:
+        seen[0, :5], seen[1, :2], seen[2, 7] = 0, 0, 0
     positions = (seen.cumsum(1) - 1).clamp(min=0)
     cache = growing_cache()
     parts = [
@@ -46,12 +52,31 @@ def told(way: NextLogits) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("name", SHORT)
-def test_the_pass_written_out_gives_the_models_own_logits(name: str) -> None:
+def test_the_pass_written_out_gives_the_models_own_logits(name: str, padded: bool) -> None:
     model = model_of(name)
     assert isinstance(next_logits(model), _Decoder)
     # Their own norms round to float32, whatever the weights are.
-    torch.testing.assert_close(told(next_logits(model)), told(_own(model)), rtol=0, atol=1e-5)
+    found, own = (told(way(model), padded=padded) for way in (next_logits, _own))
+    torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
+
+
+def test_without_padding_a_prompt_and_a_token_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of a long prompt is large, and keeps GPUs from their fastest kernels."""
+    masks: list[bool] = []
+
+    def noted(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        masks.append(mask is not None)
+        return plain_attention(module, query, key, value, mask, **kwargs)
+
+    way = next_logits(model_of("qwen2"))
+    monkeypatch.setattr("dpo_cli.rollout.next_logits.plain_attention", noted)
+    told(way, padded=False)
+    assert masks == 3 * [False] + 6 * [False] + 6 * [True]
+    masks.clear()
+    told(way)
+    assert all(masks)
 
 
 def test_it_does_as_well_in_bfloat16_and_in_a_model_that_learnt_to_score() -> None:
