@@ -60,12 +60,9 @@ class Width:
         """Guesses a row, 0 to most, that give most tokens for the cost. beside: further tokens in the same pass."""
         most = min(most, WIDEST - 1, _LOGITS_AT_ONCE // (rows * self._logits) - 1)
         right = min((self._right + 1) / (self._right + self._wrong + 2), 0.99)
-
-        def tokens_for_cost(count: int) -> float:
-            tokens = (1 - right ** (count + 1)) / (1 - right)
-            return tokens / (self._pass + beside + rows * (count + 1))
-
-        return max(range(max(most, 0) + 1), key=tokens_for_cost)
+        tested = np.arange(1, max(most, 0) + 2)
+        tokens = (1 - right**tested) / (1 - right)
+        return int((tokens / (self._pass + beside + rows * tested)).argmax())
 
 
 class Draft:

@@ -193,7 +193,7 @@ def _decode(
     logits = forward(ids, seen, positions, cache, 1 + guesses.shape[1])
     # Of the last token of each prompt.
     start = positions[:, -1 - guesses.shape[1]]
-    if len(owners) != len(ids) or len(ids) > 1:
+    if len(owners) != len(ids):
         cache.batch_select_indices(owners)
         logits, seen, start, guesses = logits[owners], seen[owners], start[owners], guesses[owners]
         if draft is not None:
