@@ -34,6 +34,7 @@ def spare_unscored_rows(decoder: nn.Module) -> None:
         for part in (mlp, *(projection for projection in projections if isinstance(projection, nn.Module))):
             part.register_forward_pre_hook(rows.select)
             part.register_forward_hook(rows.restore)
+        mlp.register_forward_hook(rows.forget)
 
 
 def last_layer(decoder: nn.Module) -> nn.Module | None:
@@ -69,6 +70,10 @@ class _ScoredRows:
             return None
         restored: Tensor = _Restored.apply(output, self._scored, self._rows)
         return restored
+
+    def forget(self, mlp: nn.Module, args: Any, output: Tensor) -> None:
+        """The layer ends with it; who calls its parts by themselves has no plan."""
+        self._scored = None
 
 
 class _Restored(torch.autograd.Function):

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpo_cli.data.example import Example
+from dpo_cli.policy import products
 from dpo_cli.policy.attention import plain_attention
 from dpo_cli.policy.lora import add_lora, without_adapters
-from dpo_cli.policy.packed_model import PackedModel
+from dpo_cli.policy.packed_model import PackedModel, score_examples
 from dpo_cli.rollout.cache import growing_cache
 from dpo_cli.rollout.next_logits import NextLogits, _Decoder, _own, next_logits
 from tests.policy.tiny_models import ARCHITECTURES, VOCABULARY, build
@@ -25,6 +28,13 @@ SHORT = ("qwen2", "qwen2-tied", "qwen3", "llama", "llama3-rope", "mistral")
 def mistral_without_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     kind, fields = ARCHITECTURES["mistral-sliding"]
     monkeypatch.setitem(ARCHITECTURES, "mistral", (kind, fields | {"sliding_window": None}))
+
+
+def score_something(model: PreTrainedModel) -> None:
+    """Its last layer has then learnt to spare what is not scored."""
+    packed = PackedModel(model)
+    prompt, response = np.arange(9, dtype=np.int32), np.arange(5, dtype=np.int32)
+    score_examples(packed, [Example(prompt, (response,), origin="row")])
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -92,6 +102,21 @@ def test_other_architectures_use_their_own_forward(name: str) -> None:
     assert not isinstance(next_logits(model_of(name)), _Decoder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_layers_that_learnt_other_products_keep_them(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on processors with AVX-512, or in bfloat16 on those without it."""
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
+    model = model_of("llama", dtype)
+    score_something(model)
+    assert all(type(module) is not nn.Linear for module in model.get_decoder().modules())
+    assert isinstance(next_logits(model), _Decoder)
+    score_something(model)
+    found, own = (told(way(model)).double() for way in (next_logits, _own))
+    assert (found - own).norm() < (1e-5 if dtype == torch.float32 else 0.03) * own.norm()
+
+
 def test_adapters_count_while_they_are_switched_on() -> None:
     model = model_of("qwen2", torch.float32)
     before = told(next_logits(model))
@@ -101,6 +126,7 @@ def test_adapters_count_while_they_are_switched_on() -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter += 0.3
+    score_something(model)
     adapted = told(next_logits(model))
     assert isinstance(next_logits(model), _Decoder)
     assert (adapted - before).abs().max() > 0.1
