@@ -87,9 +87,12 @@ def rope_parameters(config: Any) -> list[Mapping[str, Any]]:
 
 
 def sliding_window(config: Any) -> int | None:
-    """The window in use, if any: Qwen2 configs carry one that is switched off."""
+    """The window in use, if any: Qwen2 configs carry one that is switched off.
+
+    Models whose configs know no types of layers, such as Mistral's, use a window in all, whatever a folder says there.
+    """
     window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
+    layer_types = config.layer_types if hasattr(type(config), "layer_types") else None
     if not window or (layer_types is not None and "sliding_attention" not in layer_types):
         return None
     return int(window)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dpo_cli.errors import ModelError
-from dpo_cli.policy.compatibility import check_config, check_model_class, check_modules
+from dpo_cli.policy.compatibility import check_config, check_model_class, check_modules, sliding_window
 
 
 def refusal(model_type: str, *, max_tokens: int | None = None, **fields: Any) -> str:
@@ -103,3 +103,32 @@ def test_is_accepted_with_its_default_config(model_type: str) -> None:
     config = AutoConfig.for_model(model_type)
     check_config(config, where="folder", max_tokens=4096)
     check_model_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], where="folder")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "window"),
+    [
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 8}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 3}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, 8),
+        ("mistral", {"sliding_window": None}, None),
+        ("mistral", {"sliding_window": 8}, 8),
+        # Its layers are all of one kind, and do not ask which.
+        ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 3}, 8),
+        ("llama", {}, None),
+    ],
+)
+def test_a_window_is_in_use_where_a_model_of_this_config_uses_one(
+    model_type: str, fields: dict[str, Any], window: int | None
+) -> None:
+    config = AutoConfig.for_model(model_type, **SIZES, **fields)
+    assert sliding_window(config) == window
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(1, 41)[None]
+    with torch.no_grad():
+        whole, shorter = (
+            model(ids[:, start:], position_ids=torch.arange(start, 40)[None]).logits[0, -1] for start in (0, 1)
+        )
+    # Through three layers the last of 40 tokens sees the first if any layer has no window.
+    sees_all = window is None or model_type == "qwen2"
+    assert ((whole - shorter).abs().max() > 1e-5) == sees_all
